@@ -1,0 +1,214 @@
+//! The environment, parsed once. Nothing else in the library reads environment variables.
+//!
+//! A malformed value turns the library off out loud ([`Config::invalid`]): a guess made on one rank alone would
+//! be a difference between ranks.
+#![forbid(unsafe_code)]
+
+mod parse;
+mod variables;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use crate::layout::Algorithm;
+use parse::{bytes, choice, integer, switch, text};
+pub use variables::{VARIABLES, Variable};
+
+/// Which door into NCCL is opened.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Mode {
+    /// Relocation slots, preload and by-path: `ncclAllReduce` itself is ours.
+    #[default]
+    Direct,
+    /// None: every call is stock's and nothing is bound.
+    Off,
+}
+
+/// Everything the environment decides. See `docs/environment.md`, which is generated from [`VARIABLES`].
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Config {
+    /// `TWOSHOT_MODE`.
+    pub mode: Mode,
+    /// `TWOSHOT_ENABLE`.
+    pub enable: bool,
+    /// `TWOSHOT_NCCL_LIBRARY`.
+    pub nccl_library: Option<PathBuf>,
+    /// `TWOSHOT_ALGO`: only this algorithm.
+    pub algorithm: Option<Algorithm>,
+    /// `TWOSHOT_MIN_BYTES`.
+    pub min_bytes: u64,
+    /// `TWOSHOT_MAX_BYTES`: replaces the table's upper limit.
+    pub max_bytes: Option<u64>,
+    /// `TWOSHOT_ONESHOT_MAX_BYTES`: replaces the table's switch from one-shot to two-shot.
+    pub oneshot_max_bytes: Option<u64>,
+    /// `TWOSHOT_MAX_BLOCKS`.
+    pub max_blocks: Option<u32>,
+    /// `TWOSHOT_MULTICAST`, off too where `NCCL_NVLS_ENABLE=0`.
+    pub multicast: bool,
+    /// `TWOSHOT_TIMEOUT_MS`: deadline of a kernel's wait; 0 waits like stock NCCL.
+    pub timeout_ms: u64,
+    /// `TWOSHOT_SETUP_TIMEOUT_MS`: deadline of one step of a communicator's set-up.
+    pub setup_timeout_ms: u64,
+    /// `TWOSHOT_HOST_ID`: replaces the kernel's boot id as the identity of this host.
+    pub host_id: Option<String>,
+    /// `TWOSHOT_SHARED_GPU`: lets several ranks share one GPU, for tests.
+    pub shared_gpu: bool,
+    /// What the user's NCCL variables forbid, in the user's own words.
+    pub forbidden: Option<&'static str>,
+    /// `NCCL_MNNVL_ENABLE` is not 0: host-spanning communicators may use the fabric.
+    pub mnnvl: bool,
+    /// `NCCL_MNNVL_UUID`: replaces the cluster UUID that NVML reports.
+    pub mnnvl_uuid: Option<u64>,
+    /// `NCCL_MNNVL_CLIQUE_ID`: replaces the clique that NVML reports.
+    pub mnnvl_clique: Option<u32>,
+    /// A value that could not be understood: variable and reason.
+    pub invalid: Option<String>,
+}
+
+impl Config {
+    /// The process's configuration. The first use reads the environment; later changes have no effect.
+    pub fn get() -> &'static Self {
+        static CONFIG: OnceLock<Config> = OnceLock::new();
+        CONFIG.get_or_init(|| {
+            Self::parse(|name| std::env::var_os(name))
+                .unwrap_or_else(|error| Self { invalid: Some(error.to_string()), ..Self::default() })
+        })
+    }
+
+    /// Pure: tests pass a closure and leave the process's environment alone.
+    pub fn parse(var: impl Fn(&str) -> Option<OsString>) -> Result<Self, parse::Invalid> {
+        let var = &var;
+        let default = Self::default();
+        let mode = choice(var, "TWOSHOT_MODE", &[("direct", Mode::Direct), ("off", Mode::Off)])?;
+        let algorithm = choice(
+            var,
+            "TWOSHOT_ALGO",
+            &[("auto", None), ("oneshot", Some(Algorithm::OneShot)), ("twoshot", Some(Algorithm::TwoShot))],
+        )?;
+        let nvls = nccl_switch(var, "NCCL_NVLS_ENABLE").unwrap_or(true);
+        Ok(Self {
+            mode: mode.unwrap_or_default(),
+            enable: switch(var, "TWOSHOT_ENABLE")?.unwrap_or(default.enable),
+            nccl_library: text(var, "TWOSHOT_NCCL_LIBRARY").map(PathBuf::from),
+            algorithm: algorithm.flatten(),
+            min_bytes: bytes(var, "TWOSHOT_MIN_BYTES")?.unwrap_or(default.min_bytes),
+            max_bytes: bytes(var, "TWOSHOT_MAX_BYTES")?,
+            oneshot_max_bytes: bytes(var, "TWOSHOT_ONESHOT_MAX_BYTES")?,
+            max_blocks: integer(var, "TWOSHOT_MAX_BLOCKS", 1, 256)?.map(|n| u32::try_from(n).unwrap_or(256)),
+            multicast: switch(var, "TWOSHOT_MULTICAST")?.unwrap_or(true) && nvls,
+            timeout_ms: integer(var, "TWOSHOT_TIMEOUT_MS", 0, 86_400_000)?.unwrap_or(0),
+            setup_timeout_ms: integer(var, "TWOSHOT_SETUP_TIMEOUT_MS", 100, 3_600_000)?
+                .unwrap_or(default.setup_timeout_ms),
+            host_id: string(var, "TWOSHOT_HOST_ID"),
+            shared_gpu: switch(var, "TWOSHOT_SHARED_GPU")?.unwrap_or(false),
+            forbidden: forbidden(var),
+            mnnvl: nccl_switch(var, "NCCL_MNNVL_ENABLE").unwrap_or(true),
+            mnnvl_uuid: nccl_number(var, "NCCL_MNNVL_UUID"),
+            mnnvl_clique: nccl_number(var, "NCCL_MNNVL_CLIQUE_ID").map(|n| n as u32),
+            invalid: None,
+        })
+    }
+
+    /// A number that is the same on two ranks exactly when the settings that must agree are the same.
+    /// What merges (block budget, multicast, time-outs, identity of the host) is left out.
+    pub fn digest(&self) -> u64 {
+        let algorithm = match self.algorithm {
+            None => 0,
+            Some(Algorithm::OneShot) => 1,
+            Some(Algorithm::TwoShot) => 2,
+        };
+        let words = [
+            algorithm,
+            self.min_bytes,
+            self.max_bytes.map_or(u64::MAX, |n| n),
+            self.oneshot_max_bytes.map_or(u64::MAX, |n| n),
+            u64::from(self.shared_gpu),
+        ];
+        words.iter().flat_map(|word| word.to_le_bytes()).fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+        })
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            mode: Mode::Direct,
+            enable: true,
+            nccl_library: None,
+            algorithm: None,
+            min_bytes: 0,
+            max_bytes: None,
+            oneshot_max_bytes: None,
+            max_blocks: None,
+            multicast: true,
+            timeout_ms: 0,
+            setup_timeout_ms: 20_000,
+            host_id: None,
+            shared_gpu: false,
+            forbidden: None,
+            mnnvl: true,
+            mnnvl_uuid: None,
+            mnnvl_clique: None,
+            invalid: None,
+        }
+    }
+}
+
+/// NCCL's variables that govern the log, read apart from [`Config`] because reading the rest may already log.
+pub(crate) fn log_variable(name: &str) -> Option<String> {
+    std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()).filter(|value| !value.is_empty())
+}
+
+/// NCCL reads its switches as integers and takes nonsense as unset; so do we, for NCCL's variables only.
+fn nccl_switch(var: &impl Fn(&str) -> Option<OsString>, name: &str) -> Option<bool> {
+    nccl_number(var, name).map(|n| n != 0)
+}
+
+fn nccl_number(var: &impl Fn(&str) -> Option<OsString>, name: &str) -> Option<u64> {
+    let value = string(var, name)?;
+    let value = value.trim();
+    let parsed = match value.strip_prefix("0x").or_else(|| value.strip_prefix("0X")) {
+        Some(hex) => u64::from_str_radix(hex, 16).ok(),
+        None => value.parse::<i64>().ok().map(|n| n as u64),
+    };
+    // NCCL's own "undefined" for most parameters is -2; -1 means "auto" where it is accepted.
+    parsed.filter(|n| *n != u64::MAX && *n != u64::MAX - 1)
+}
+
+fn string(var: &impl Fn(&str) -> Option<OsString>, name: &str) -> Option<String> {
+    text(var, name).map(|value| value.to_string_lossy().into_owned())
+}
+
+/// The variable by which the user told NCCL how to run AllReduce, or not to use peer memory at all.
+fn forbidden(var: &impl Fn(&str) -> Option<OsString>) -> Option<&'static str> {
+    if nccl_switch(var, "NCCL_P2P_DISABLE") == Some(true) {
+        return Some("NCCL_P2P_DISABLE=1");
+    }
+    if nccl_switch(var, "NCCL_CUMEM_ENABLE") == Some(false) {
+        return Some("NCCL_CUMEM_ENABLE=0");
+    }
+    let level = string(var, "NCCL_P2P_LEVEL").map(|level| level.trim().to_ascii_uppercase());
+    if level.is_some_and(|level| level == "LOC" || level == "0") {
+        return Some("NCCL_P2P_LEVEL=LOC");
+    }
+    for (name, words) in [("NCCL_ALGO", "NCCL_ALGO names AllReduce"), ("NCCL_PROTO", "NCCL_PROTO names AllReduce")] {
+        if string(var, name).is_some_and(|value| names_allreduce(&value)) {
+            return Some(words);
+        }
+    }
+    None
+}
+
+/// `NCCL_ALGO` and `NCCL_PROTO` are lists separated by `;`, each entry `function:choice,...` or, without a
+/// colon, a choice for every function.
+fn names_allreduce(value: &str) -> bool {
+    value.split(';').map(str::trim).filter(|entry| !entry.is_empty()).any(|entry| match entry.split_once(':') {
+        Some((function, _)) => function.trim().eq_ignore_ascii_case("allreduce"),
+        None => true,
+    })
+}
+
+#[cfg(test)]
+mod tests;

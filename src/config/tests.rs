@@ -1,0 +1,84 @@
+use super::*;
+use proptest::prelude::*;
+
+fn parse(pairs: &[(&str, &str)]) -> Result<Config, parse::Invalid> {
+    Config::parse(|name| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value)))
+}
+
+#[test]
+fn an_empty_environment_gives_the_defaults() {
+    assert_eq!(parse(&[]).unwrap(), Config::default());
+    assert_eq!(parse(&[("TWOSHOT_MAX_BYTES", "")]).unwrap(), Config::default());
+}
+
+#[test]
+fn sizes_take_binary_suffixes() {
+    for (text, bytes) in [("65536", 65536), ("64K", 65536), ("64kib", 65536), ("4M", 4 << 20), ("1G", 1 << 30)] {
+        assert_eq!(parse(&[("TWOSHOT_MAX_BYTES", text)]).unwrap().max_bytes, Some(bytes), "{text}");
+    }
+}
+
+#[test]
+fn a_malformed_value_is_an_error_that_names_the_variable() {
+    for (name, value) in [
+        ("TWOSHOT_ENABLE", "maybe"),
+        ("TWOSHOT_MAX_BYTES", "2G"),
+        ("TWOSHOT_MAX_BYTES", "-1"),
+        ("TWOSHOT_MAX_BLOCKS", "0"),
+        ("TWOSHOT_MODE", "fast"),
+        ("TWOSHOT_ALGO", "ring"),
+        ("TWOSHOT_SETUP_TIMEOUT_MS", "1e9"),
+    ] {
+        let error = parse(&[(name, value)]).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains(value), "{error}");
+    }
+}
+
+#[test]
+fn nccl_algo_and_proto_are_obeyed_only_where_they_name_allreduce() {
+    for (value, forbidden) in [
+        ("Ring", true),
+        ("allreduce:tree", true),
+        ("broadcast:ring;AllReduce:nvls", true),
+        ("broadcast:ring", false),
+        (";", false),
+    ] {
+        assert_eq!(parse(&[("NCCL_ALGO", value)]).unwrap().forbidden.is_some(), forbidden, "{value}");
+        assert_eq!(parse(&[("NCCL_PROTO", value)]).unwrap().forbidden.is_some(), forbidden, "{value}");
+    }
+}
+
+#[test]
+fn the_users_nccl_switches_are_obeyed() {
+    assert!(parse(&[("NCCL_P2P_DISABLE", "1")]).unwrap().forbidden.is_some());
+    assert!(parse(&[("NCCL_P2P_DISABLE", "0")]).unwrap().forbidden.is_none());
+    assert!(parse(&[("NCCL_CUMEM_ENABLE", "0")]).unwrap().forbidden.is_some());
+    assert!(parse(&[("NCCL_P2P_LEVEL", "loc")]).unwrap().forbidden.is_some());
+    assert!(parse(&[("NCCL_P2P_LEVEL", "NVL")]).unwrap().forbidden.is_none());
+    assert!(!parse(&[("NCCL_NVLS_ENABLE", "0")]).unwrap().multicast);
+    assert!(parse(&[("NCCL_NVLS_ENABLE", "2")]).unwrap().multicast);
+    assert!(!parse(&[("NCCL_MNNVL_ENABLE", "0")]).unwrap().mnnvl);
+    assert_eq!(parse(&[("NCCL_MNNVL_CLIQUE_ID", "-1")]).unwrap().mnnvl_clique, None);
+    assert_eq!(parse(&[("NCCL_MNNVL_UUID", "0xff")]).unwrap().mnnvl_uuid, Some(255));
+}
+
+#[test]
+fn ranks_with_different_limits_have_different_digests_and_merged_settings_do_not_count() {
+    let base = parse(&[]).unwrap().digest();
+    for pair in [("TWOSHOT_MAX_BYTES", "1M"), ("TWOSHOT_ALGO", "oneshot"), ("TWOSHOT_MIN_BYTES", "1")] {
+        assert_ne!(parse(&[pair]).unwrap().digest(), base, "{pair:?}");
+    }
+    for pair in [("TWOSHOT_MAX_BLOCKS", "3"), ("TWOSHOT_MULTICAST", "0"), ("TWOSHOT_TIMEOUT_MS", "5")] {
+        assert_eq!(parse(&[pair]).unwrap().digest(), base, "{pair:?}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_environment_makes_the_parser_panic(values in prop::collection::vec(".{0,40}", VARIABLES.len())) {
+        let _ = Config::parse(|name| {
+            let index = VARIABLES.iter().position(|variable| variable.name == name)?;
+            Some(OsString::from(&values[index]))
+        });
+    }
+}

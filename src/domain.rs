@@ -1,0 +1,229 @@
+//! Whether the ranks of a communicator form one NVLink domain: a pure merge of every rank's facts, with the same
+//! result on every rank.
+#![forbid(unsafe_code)]
+
+use crate::decline::Decline;
+use crate::driver::HandleType;
+use crate::wire::{Blob, Facts};
+
+/// Oldest compute capability with kernels.
+pub const MIN_ARCH: u32 = 90;
+
+/// What the ranks have in common.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Domain {
+    /// Facts by rank.
+    pub facts: Vec<Facts>,
+    /// How memory handles travel.
+    pub handle: HandleType,
+    /// Number of hosts.
+    pub hosts: u32,
+    /// Lowest compute capability.
+    pub arch: u32,
+    /// Smallest block budget.
+    pub blocks: u32,
+    /// Every rank can and wants multicast.
+    pub multicast: bool,
+}
+
+/// Why there is no domain.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Declined {
+    /// The reason.
+    pub reason: Decline,
+    /// The first rank it holds for.
+    pub rank: u32,
+    /// A driver or system code that explains it, or 0.
+    pub code: i32,
+}
+
+impl std::fmt::Display for Declined {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} (rank {}", self.reason.name(), self.rank)?;
+        if self.code != 0 {
+            write!(f, ", code {}", self.code)?;
+        }
+        write!(f, "): {}", self.reason.hint())
+    }
+}
+
+/// Merges all ranks' blobs.
+pub fn merge(blobs: &[Blob]) -> Result<Domain, Declined> {
+    let declined = |reason, rank: usize| Declined { reason, rank: rank as u32, code: 0 };
+    let facts = blobs
+        .iter()
+        .enumerate()
+        .map(|(rank, blob)| {
+            let facts = Facts::decode(blob).ok_or(declined(Decline::Foreign, rank))?;
+            let placed = facts.rank as usize == rank && facts.ranks as usize == blobs.len();
+            if placed { Ok(facts) } else { Err(declined(Decline::Foreign, rank)) }
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let Some(first) = facts.first().copied() else { return Err(declined(Decline::OneRank, 0)) };
+    // A rank's own verdict says more than what the others conclude from its facts.
+    if let Some((rank, (reason, code))) =
+        facts.iter().enumerate().find_map(|(rank, facts)| facts.declined.map(|declined| (rank, declined)))
+    {
+        return Err(Declined { reason, rank: rank as u32, code });
+    }
+    let require = |reason, holds: &dyn Fn(&Facts) -> bool| match facts.iter().position(|facts| !holds(facts)) {
+        Some(rank) => Err(declined(reason, rank)),
+        None => Ok(()),
+    };
+    if facts.len() < 2 {
+        return Err(declined(Decline::OneRank, 0));
+    }
+    require(Decline::VersionDiffers, &|f| f.build == first.build)?;
+    require(Decline::ConfigDiffers, &|f| f.config == first.config)?;
+    require(Decline::Architecture, &|f| f.arch >= MIN_ARCH)?;
+    require(Decline::NoVirtualMemory, &|f| f.vmm)?;
+    for (rank, own) in facts.iter().enumerate() {
+        if !own.shared_gpu && facts[..rank].iter().any(|other| other.gpu == own.gpu) {
+            return Err(declined(Decline::SharedGpu, rank));
+        }
+    }
+    let mut hosts: Vec<_> = facts.iter().map(|f| f.host).collect();
+    hosts.sort_unstable();
+    hosts.dedup();
+    let handle = if hosts.len() == 1 {
+        require(Decline::NoVirtualMemory, &|f| f.fd_handles)?;
+        HandleType::Fd
+    } else {
+        require(Decline::FabricDisabled, &|f| f.mnnvl)?;
+        require(Decline::NoFabric, &|f| f.fabric.completed && f.fabric.uuid != [0; 16])?;
+        require(Decline::OtherCluster, &|f| f.fabric.uuid == first.fabric.uuid)?;
+        require(Decline::OtherClique, &|f| f.fabric.clique == first.fabric.clique)?;
+        require(Decline::FabricHandle, &|f| f.fabric_handles)?;
+        HandleType::Fabric
+    };
+    Ok(Domain {
+        handle,
+        hosts: hosts.len() as u32,
+        arch: facts.iter().map(|f| f.arch).min().unwrap_or(0),
+        blocks: facts.iter().map(|f| f.blocks).min().unwrap_or(1).max(1),
+        multicast: facts.iter().all(|f| f.multicast),
+        facts,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::FabricFacts;
+    use proptest::prelude::*;
+
+    fn rank(rank: u32, ranks: u32, host: u8) -> Facts {
+        Facts {
+            ranks,
+            rank,
+            host: [host; 16],
+            gpu: [rank as u8 + 1; 16],
+            arch: 90,
+            blocks: 132,
+            vmm: true,
+            fd_handles: true,
+            fabric_handles: true,
+            multicast: true,
+            mnnvl: true,
+            fabric: FabricFacts { completed: true, uuid: [9; 16], clique: 7 },
+            ..Facts::default()
+        }
+    }
+
+    fn merged(facts: &[Facts]) -> Result<Domain, Declined> {
+        merge(&facts.iter().map(Facts::encode).collect::<Vec<_>>())
+    }
+
+    fn two_hosts() -> Vec<Facts> {
+        (0..4).map(|r| rank(r, 4, r as u8 / 2)).collect()
+    }
+
+    #[track_caller]
+    fn declines(change: impl Fn(&mut Facts), reason: Decline) {
+        let mut facts = two_hosts();
+        change(&mut facts[2]);
+        let declined = merged(&facts).unwrap_err();
+        assert_eq!((declined.reason, declined.rank), (reason, 2));
+    }
+
+    #[test]
+    fn one_host_shares_by_descriptor_and_needs_no_fabric() {
+        let mut facts: Vec<_> = (0..4).map(|r| rank(r, 4, 1)).collect();
+        for f in &mut facts {
+            f.fabric = FabricFacts::default();
+            f.fabric_handles = false;
+            f.mnnvl = false;
+        }
+        let domain = merged(&facts).unwrap();
+        assert_eq!((domain.handle, domain.hosts), (HandleType::Fd, 1));
+    }
+
+    #[test]
+    fn hosts_of_one_clique_share_by_fabric_handle() {
+        let domain = merged(&two_hosts()).unwrap();
+        assert_eq!((domain.handle, domain.hosts), (HandleType::Fabric, 2));
+    }
+
+    #[test]
+    fn several_hosts_need_one_completed_cluster_and_clique() {
+        declines(|f| f.fabric.uuid = [0; 16], Decline::NoFabric);
+        declines(|f| f.fabric.completed = false, Decline::NoFabric);
+        declines(|f| f.fabric.uuid = [8; 16], Decline::OtherCluster);
+        declines(|f| f.fabric.clique = 8, Decline::OtherClique);
+        declines(|f| f.fabric_handles = false, Decline::FabricHandle);
+        declines(|f| f.mnnvl = false, Decline::FabricDisabled);
+    }
+
+    #[test]
+    fn a_uuid_whose_first_byte_is_zero_is_a_uuid() {
+        let mut facts = two_hosts();
+        for f in &mut facts {
+            f.fabric.uuid = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+        }
+        assert!(merged(&facts).is_ok());
+    }
+
+    #[test]
+    fn what_one_rank_lacks_declines_all() {
+        declines(|f| f.config = 1, Decline::ConfigDiffers);
+        declines(|f| f.build = 1, Decline::VersionDiffers);
+        declines(|f| f.arch = 80, Decline::Architecture);
+        declines(|f| f.vmm = false, Decline::NoVirtualMemory);
+        declines(|f| f.gpu = [1; 16], Decline::SharedGpu);
+        declines(|f| f.declined = Some((Decline::Probe, 999)), Decline::Probe);
+        declines(|f| f.rank = 1, Decline::Foreign);
+    }
+
+    #[test]
+    fn the_smallest_budget_and_one_refusal_of_multicast_hold_for_all() {
+        let mut facts = two_hosts();
+        facts[1].blocks = 24;
+        facts[3].multicast = false;
+        let domain = merged(&facts).unwrap();
+        assert_eq!((domain.blocks, domain.multicast), (24, false));
+    }
+
+    #[test]
+    fn one_rank_is_no_domain() {
+        assert_eq!(merged(&[rank(0, 1, 0)]).unwrap_err().reason, Decline::OneRank);
+        assert_eq!(merged(&[]).unwrap_err().reason, Decline::OneRank);
+    }
+
+    proptest! {
+        #[test]
+        fn no_table_of_hosts_clusters_and_cliques_joins_what_the_fabric_does_not(
+            rows in prop::collection::vec((0u8..3, 0u8..3, 0u32..3, any::<bool>()), 2..9),
+        ) {
+            let ranks = rows.len() as u32;
+            let facts: Vec<_> = rows.iter().enumerate().map(|(r, (host, uuid, clique, completed))| Facts {
+                fabric: FabricFacts { completed: *completed, uuid: [*uuid; 16], clique: *clique },
+                ..rank(r as u32, ranks, *host)
+            }).collect();
+            if let Ok(domain) = merged(&facts) {
+                let one_host = rows.iter().all(|row| row.0 == rows[0].0);
+                let one_fabric = rows.iter().all(|row| row.1 != 0 && row.3 && (row.1, row.2) == (rows[0].1, rows[0].2));
+                prop_assert!(if domain.handle == HandleType::Fd { one_host } else { !one_host && one_fabric });
+            }
+        }
+    }
+}

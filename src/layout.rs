@@ -1,0 +1,156 @@
+//! Where every byte of the shared memory lies: the one computation that the gate, the allocator, the host
+//! and (by the assertions in `driver::kernel`) the kernels use.
+//!
+//! A rank's **window** is `[header][stage 0][stage 1][stage 2]`. Inside a stage the unit is the **line**, 16
+//! bytes. One-shot uses `ranks` slots of `slot` lines; two-shot a scatter region of `ranks` shards and, behind
+//! it, a broadcast region of `ranks` shards.
+#![forbid(unsafe_code)]
+
+/// Bytes of one line, the granule of every store, poll and re-arm.
+pub const LINE: u64 = 16;
+/// Lines between two slots or shards are a multiple of this: 128 bytes, one NVLink and L2 line.
+pub const LINES_ALIGN: u64 = 8;
+/// Stages that rotate with the epoch. Two would be correct (docs/protocol-model.md); the third is slack.
+pub const STAGES: u64 = 3;
+/// Bytes in front of stage 0 that only the owner touches (`TwoshotState`).
+pub const HEADER: u64 = 4096;
+/// Most blocks of one launch: the number of epoch replicas in the header.
+pub const MAX_BLOCKS: u32 = 256;
+/// Most threads of one block the kernels are compiled for.
+pub const MAX_THREADS: u32 = 512;
+
+/// The two algorithms.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Algorithm {
+    /// Every rank pushes its data to every peer and reduces everything itself: one hop, `ranks` times the data.
+    OneShot,
+    /// Every rank reduces one shard and pushes the result to all: two hops, twice the data.
+    TwoShot,
+}
+
+impl Algorithm {
+    /// Both, in the order of the kernel table.
+    pub const ALL: [Self; 2] = [Self::OneShot, Self::TwoShot];
+
+    /// The word that stands for it in kernel names and log lines.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::OneShot => "oneshot",
+            Self::TwoShot => "twoshot",
+        }
+    }
+}
+
+/// Sizes of one communicator's windows.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Layout {
+    ranks: u64,
+    stage_bytes: u64,
+}
+
+/// How one payload lies in a stage.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Shape {
+    /// Lines of the payload, the last one padded.
+    pub lines: u64,
+    /// Lines from one slot (one-shot) or shard (two-shot) to the next.
+    pub stride: u64,
+    /// Lines of the stage the call may touch; everything polled and re-armed lies below.
+    pub used: u64,
+    /// Lines that the threads of one rank share out among themselves.
+    pub work: u64,
+}
+
+impl Shape {
+    /// The shape of `bytes` for `ranks`, or `None` when the numbers do not fit 64 bits.
+    pub fn of(algorithm: Algorithm, ranks: u64, bytes: u64) -> Option<Self> {
+        if ranks == 0 {
+            return None;
+        }
+        let lines = bytes.div_ceil(LINE);
+        let (stride, regions, work) = match algorithm {
+            Algorithm::OneShot => (lines.checked_next_multiple_of(LINES_ALIGN)?, 1, lines),
+            Algorithm::TwoShot => {
+                let stride = lines.div_ceil(ranks).checked_next_multiple_of(LINES_ALIGN)?;
+                (stride, 2, stride.min(lines))
+            }
+        };
+        let used = stride.checked_mul(ranks)?.checked_mul(regions)?;
+        Some(Self { lines, stride, used, work })
+    }
+}
+
+impl Layout {
+    /// Stages just large enough for one-shot up to `oneshot_bytes` and two-shot up to `twoshot_bytes`.
+    pub fn for_payloads(ranks: u32, oneshot_bytes: u64, twoshot_bytes: u64) -> Option<Self> {
+        let ranks = u64::from(ranks);
+        let one = Shape::of(Algorithm::OneShot, ranks, oneshot_bytes)?.used;
+        let two = Shape::of(Algorithm::TwoShot, ranks, twoshot_bytes)?.used;
+        let stage_bytes = one.max(two).max(LINES_ALIGN).checked_mul(LINE)?;
+        let layout = Self { ranks, stage_bytes };
+        layout.stage_bytes.checked_mul(STAGES)?.checked_add(HEADER)?;
+        Some(layout)
+    }
+
+    /// Bytes of one stage; a multiple of 128.
+    pub fn stage_bytes(&self) -> u64 {
+        self.stage_bytes
+    }
+
+    /// Bytes of one window before rounding to the driver's granularity.
+    pub fn window_bytes(&self) -> u64 {
+        HEADER + STAGES * self.stage_bytes
+    }
+
+    /// The shape of a payload if it fits a stage.
+    pub fn fit(&self, algorithm: Algorithm, bytes: u64) -> Option<Shape> {
+        let shape = Shape::of(algorithm, self.ranks, bytes)?;
+        (shape.used <= self.stage_bytes / LINE).then_some(shape)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn every_payload_that_fits_ends_inside_its_stage(
+            ranks in 1u32..=128, cap_one in 0u64..1 << 32, cap_two in 0u64..1 << 40, bytes in 0u64..1 << 41,
+        ) {
+            let Some(layout) = Layout::for_payloads(ranks, cap_one, cap_two) else { return Ok(()) };
+            prop_assert_eq!(layout.stage_bytes() % 128, 0);
+            for algorithm in Algorithm::ALL {
+                if let Some(shape) = layout.fit(algorithm, bytes) {
+                    prop_assert!(shape.used * LINE <= layout.stage_bytes());
+                    prop_assert!(shape.stride * u64::from(ranks) <= shape.used);
+                    prop_assert!(shape.lines * LINE >= bytes);
+                    prop_assert_eq!(shape.stride % LINES_ALIGN, 0);
+                }
+            }
+        }
+
+        #[test]
+        fn what_the_stage_was_sized_for_always_fits(ranks in 1u32..=128, one in 0u64..1 << 32, two in 0u64..1 << 40) {
+            let Some(layout) = Layout::for_payloads(ranks, one, two) else { return Ok(()) };
+            prop_assert!(layout.fit(Algorithm::OneShot, one).is_some());
+            prop_assert!(layout.fit(Algorithm::TwoShot, two).is_some());
+        }
+
+        #[test]
+        fn shards_cover_the_payload_exactly_once(ranks in 1u64..=128, bytes in 0u64..1 << 33) {
+            let shape = Shape::of(Algorithm::TwoShot, ranks, bytes).unwrap();
+            let covered: u64 = (0..ranks)
+                .map(|r| shape.lines.min((r + 1) * shape.stride).saturating_sub(r * shape.stride))
+                .sum();
+            prop_assert_eq!(covered, shape.lines);
+        }
+    }
+
+    #[test]
+    fn sizes_beyond_64_bits_are_refused_not_wrapped() {
+        assert_eq!(Shape::of(Algorithm::OneShot, 128, u64::MAX), None);
+        assert_eq!(Layout::for_payloads(72, u64::MAX / 8, 1), None);
+    }
+}

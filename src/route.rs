@@ -1,0 +1,207 @@
+//! The decision: which path a call takes. A pure function of the call and of what all ranks agreed on.
+//!
+//! Nothing that may differ between ranks enters here: no address, no placement, no clock, no local memory.
+#![forbid(unsafe_code)]
+
+use crate::call::{Call, DataType, ReduceOp};
+use crate::layout::{Algorithm, Layout, MAX_BLOCKS, MAX_THREADS};
+
+/// What the ranks of a ready communicator agreed on: the same value on every rank.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Agreement {
+    /// Ranks of the communicator.
+    pub ranks: u32,
+    /// Stage sizes.
+    pub layout: Layout,
+    /// Smallest payload taken, in bytes.
+    pub min_bytes: u64,
+    /// Largest payload of one-shot, in bytes.
+    pub oneshot_bytes: u64,
+    /// Largest payload of two-shot, in bytes.
+    pub twoshot_bytes: u64,
+    /// Most blocks of a launch: the smallest budget of all ranks.
+    pub blocks: u32,
+}
+
+/// Why a call stays with stock NCCL.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[repr(u8)]
+pub enum Reason {
+    /// Nothing to do for a count of zero; stock checks the arguments.
+    Empty,
+    /// The element type has no kernel.
+    Type,
+    /// The operation has no kernel.
+    Operation,
+    /// Above the cross-over, or outside the sizes the user allowed.
+    Size,
+    /// The call is part of a group.
+    Group,
+    /// The communicator is not set up yet.
+    NotReady,
+    /// The communicator was declined at set-up.
+    Declined,
+}
+
+impl Reason {
+    /// All reasons, in the order of the counters.
+    pub const ALL: [Self; 7] = [
+        Self::Empty, Self::Type, Self::Operation, Self::Size, Self::Group, Self::NotReady, Self::Declined,
+    ];
+
+    /// The word used in log lines and statistics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Empty => "empty",
+            Self::Type => "type",
+            Self::Operation => "operation",
+            Self::Size => "size",
+            Self::Group => "group",
+            Self::NotReady => "not-ready",
+            Self::Declined => "declined",
+        }
+    }
+}
+
+/// How a routed call runs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Plan {
+    /// One-shot or two-shot.
+    pub algorithm: Algorithm,
+    /// Element type; one of [`DataType::ROUTED`].
+    pub dtype: DataType,
+    /// Blocks of the launch.
+    pub blocks: u32,
+    /// Threads of a block.
+    pub threads: u32,
+}
+
+/// The verdict.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Route {
+    /// Our kernel.
+    Routed(Plan),
+    /// Stock NCCL, untouched.
+    Stock(Reason),
+}
+
+/// Decides one call.
+pub fn decide(call: &Call, agreed: &Agreement) -> Route {
+    if call.count == 0 {
+        return Route::Stock(Reason::Empty);
+    }
+    if call.dtype.kernel_index().is_none() {
+        return Route::Stock(Reason::Type);
+    }
+    if call.op != ReduceOp::SUM {
+        return Route::Stock(Reason::Operation);
+    }
+    let Some(bytes) = call.dtype.size().and_then(|size| size.checked_mul(call.count)) else {
+        return Route::Stock(Reason::Size);
+    };
+    if bytes < agreed.min_bytes {
+        return Route::Stock(Reason::Size);
+    }
+    let algorithm = if bytes <= agreed.oneshot_bytes {
+        Algorithm::OneShot
+    } else if bytes <= agreed.twoshot_bytes {
+        Algorithm::TwoShot
+    } else {
+        return Route::Stock(Reason::Size);
+    };
+    let Some(shape) = agreed.layout.fit(algorithm, bytes) else {
+        return Route::Stock(Reason::Size);
+    };
+    let (blocks, threads) = grid(shape.work, agreed.blocks);
+    Route::Routed(Plan { algorithm, dtype: call.dtype, blocks, threads })
+}
+
+/// Blocks and threads for `work` lines under a budget: small work spreads over many multiprocessors in small
+/// blocks (each has its own path to the links), large work fills blocks before it takes more of them.
+pub fn grid(work: u64, budget: u32) -> (u32, u32) {
+    let budget = budget.clamp(1, MAX_BLOCKS);
+    let threads = [128, 256].into_iter().find(|t| work.div_ceil(u64::from(*t)) <= u64::from(budget.min(32)));
+    let threads = threads.unwrap_or(MAX_THREADS);
+    let blocks = work.div_ceil(u64::from(threads)).clamp(1, u64::from(budget));
+    (u32::try_from(blocks).unwrap_or(budget), threads)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn agreed() -> Agreement {
+        Agreement {
+            ranks: 8,
+            layout: Layout::for_payloads(8, 64 << 10, 4 << 20).unwrap(),
+            min_bytes: 0,
+            oneshot_bytes: 64 << 10,
+            twoshot_bytes: 4 << 20,
+            blocks: 64,
+        }
+    }
+
+    fn sum(count: u64) -> Call {
+        Call { count, dtype: DataType::BF16, op: ReduceOp::SUM }
+    }
+
+    #[test]
+    fn a_small_sum_is_one_shot_a_larger_one_two_shot_and_a_huge_one_stock() {
+        let pick = |count| match decide(&sum(count), &agreed()) {
+            Route::Routed(plan) => Ok(plan.algorithm),
+            Route::Stock(reason) => Err(reason),
+        };
+        assert_eq!(pick(1), Ok(Algorithm::OneShot));
+        assert_eq!(pick(32 << 10), Ok(Algorithm::OneShot));
+        assert_eq!(pick((32 << 10) + 1), Ok(Algorithm::TwoShot));
+        assert_eq!(pick(2 << 20), Ok(Algorithm::TwoShot));
+        assert_eq!(pick((2 << 20) + 1), Err(Reason::Size));
+    }
+
+    #[test]
+    fn an_empty_call_goes_to_stock() {
+        assert_eq!(decide(&sum(0), &agreed()), Route::Stock(Reason::Empty));
+    }
+
+    #[test]
+    fn a_count_whose_bytes_overflow_goes_to_stock() {
+        assert_eq!(decide(&sum(u64::MAX), &agreed()), Route::Stock(Reason::Size));
+    }
+
+    #[test]
+    fn types_and_operations_without_a_kernel_go_to_stock_even_when_unknown() {
+        for dtype in (-3..64).filter(|d| ![6, 7, 9].contains(d)) {
+            let call = Call { dtype: DataType(dtype), ..sum(1024) };
+            assert_eq!(decide(&call, &agreed()), Route::Stock(Reason::Type));
+        }
+        for op in (-3..64).filter(|op| *op != 0) {
+            let call = Call { op: ReduceOp(op), ..sum(1024) };
+            assert_eq!(decide(&call, &agreed()), Route::Stock(Reason::Operation));
+        }
+    }
+
+    #[test]
+    fn a_payload_below_the_users_minimum_goes_to_stock() {
+        let agreed = Agreement { min_bytes: 4096, ..agreed() };
+        assert_eq!(decide(&sum(2047), &agreed), Route::Stock(Reason::Size));
+        assert!(matches!(decide(&sum(2048), &agreed), Route::Routed(_)));
+    }
+
+    proptest! {
+        #[test]
+        fn a_grid_stays_inside_its_budget_and_is_never_empty(work in 0u64..1 << 40, budget in 0u32..1 << 20) {
+            let (blocks, threads) = grid(work, budget);
+            prop_assert!(blocks >= 1 && blocks <= budget.clamp(1, MAX_BLOCKS));
+            prop_assert!(threads % 32 == 0 && threads <= MAX_THREADS);
+        }
+
+        #[test]
+        fn a_routed_payload_always_fits_its_stage(count in 0u64..1 << 24, one in 0u64..1 << 22, two in 0u64..1 << 24) {
+            let agreed = Agreement { oneshot_bytes: one, twoshot_bytes: two, ..agreed() };
+            if let Route::Routed(plan) = decide(&sum(count), &agreed) {
+                prop_assert!(agreed.layout.fit(plan.algorithm, count * 2).is_some());
+            }
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! The cross-over table: up to which payload each algorithm is taken, and with how many blocks.
+//!
+//! Measured rows come from `benchmarks/` and name their source; every other world gets a row from the same
+//! rule, marked as unmeasured, and the log line of a communicator says which it is.
+#![forbid(unsafe_code)]
+
+/// What the table is asked: facts every rank of a communicator shares after the vote.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct World {
+    /// Ranks of the communicator.
+    pub ranks: u32,
+    /// Compute capability, `major * 10 + minor`, the lowest of all ranks.
+    pub arch: u32,
+    /// Whether the windows are bound to a multicast object.
+    pub multicast: bool,
+}
+
+/// One row: the payload limits in bytes and the block budget.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Row {
+    /// Largest payload of one-shot.
+    pub oneshot_bytes: u64,
+    /// Largest payload of two-shot; above it the call is stock NCCL's.
+    pub twoshot_bytes: u64,
+    /// Most blocks a launch takes.
+    pub blocks: u32,
+    /// Whether the limits were measured for this world, or follow from the rule.
+    pub measured: bool,
+}
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+/// The row of a world. Total: every number of ranks gets an answer.
+///
+/// One-shot moves `ranks - 1` payloads over every rank's link, two-shot about two payloads but pays a second
+/// hop. On 2 and 4 H100 (unicast) the curves cross at 1 MiB and between 128 and 256 KiB: about 512 KiB of
+/// one-shot traffic per rank, the rule used for all other worlds. TensorRT-LLM and FlashInfer switch by the same
+/// product (1 MiB and 512 KiB of total one-shot traffic).
+pub fn row(world: World) -> Row {
+    let peers = u64::from(world.ranks.max(2)) - 1;
+    let hopper_unicast = world.arch / 10 == 9 && !world.multicast;
+    let (oneshot_bytes, measured) = match world.ranks {
+        2 if hopper_unicast => (512 * KIB, true),
+        4 if hopper_unicast => (128 * KIB, true),
+        _ => ((512 * KIB / peers).clamp(8 * KIB, 512 * KIB) / KIB * KIB, false),
+    };
+    Row { oneshot_bytes, twoshot_bytes: 4 * MIB, blocks: 128, measured }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_answers_for_every_world_and_oneshot_never_exceeds_twoshot() {
+        for ranks in 0..=1024 {
+            for arch in [80, 90, 100, 103, 120] {
+                for multicast in [false, true] {
+                    let row = row(World { ranks, arch, multicast });
+                    assert!(row.oneshot_bytes <= row.twoshot_bytes, "{ranks} {row:?}");
+                    assert!(row.oneshot_bytes >= 8 * KIB && row.blocks >= 1);
+                }
+            }
+        }
+    }
+}
