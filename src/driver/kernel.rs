@@ -1,0 +1,289 @@
+//! The kernels: the embedded fat binary, its functions, one launch, and the page the host and the kernels share.
+
+use std::ffi::{CString, c_void};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+
+use super::api::{call, sys};
+use super::context::Context;
+use super::host::HostMemory;
+use super::stream::RawStream;
+use crate::call::DataType;
+use crate::error::{Error, Result};
+use crate::layout::{self, Algorithm};
+use crate::route::Plan;
+use crate::warning;
+
+#[allow(
+    missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals, dead_code, clippy::all,
+    unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks
+)]
+mod abi {
+    include!(concat!(env!("OUT_DIR"), "/args.rs"));
+}
+/// The only parameter of every kernel, as `kernels/args.h` states it.
+pub use abi::TwoshotArgs as Args;
+use abi::{TwoshotControl, TwoshotState};
+
+/// The word that means "nothing has arrived here yet"; no publisher stores it.
+pub const SENTINEL: u32 = abi::TWOSHOT_SENTINEL;
+
+// The host's layout and the kernels' are one.
+const _: () = {
+    assert!(size_of::<TwoshotState>() as u64 <= layout::HEADER);
+    assert!(abi::TWOSHOT_LINE_BYTES as u64 == layout::LINE);
+    assert!(abi::TWOSHOT_STAGES as u64 == layout::STAGES);
+    assert!(abi::TWOSHOT_HEADER_BYTES as u64 == layout::HEADER);
+    assert!(abi::TWOSHOT_MAX_BLOCKS as u32 == layout::MAX_BLOCKS);
+    assert!(abi::TWOSHOT_MAX_THREADS as u32 == layout::MAX_THREADS);
+    assert!(abi::TWOSHOT_SLOT_LINES as u64 == layout::LINES_ALIGN);
+};
+
+#[repr(align(16))]
+struct Image<T: ?Sized>(T);
+static IMAGE: &Image<[u8]> = &Image(*include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
+
+/// The kernels loaded on one device. Shared by the communicators of a device; unloaded with the last one.
+pub struct Module {
+    context: Arc<Context>,
+    raw: sys::CUmodule,
+}
+
+// SAFETY: module and function handles may be used from any thread.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+
+static LOADED: Mutex<Vec<Weak<Module>>> = Mutex::new(Vec::new());
+
+impl Module {
+    /// Loads the kernels, or shares those already loaded on this device.
+    pub fn load(context: &Arc<Context>) -> Result<Arc<Self>> {
+        let mut loaded = LOADED.lock();
+        loaded.retain(|module| module.strong_count() > 0);
+        let ordinal = context.device().ordinal();
+        let shared = loaded.iter().filter_map(Weak::upgrade);
+        if let Some(module) = shared.into_iter().find(|module| module.context.device().ordinal() == ordinal) {
+            return Ok(module);
+        }
+        let _entered = context.enter()?;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the image is a complete fat binary, aligned, and lives as long as the program.
+        unsafe { call!(context.api(), cuModuleLoadData(&mut raw, IMAGE.0.as_ptr().cast())) }?;
+        let module = Arc::new(Self { context: Arc::clone(context), raw });
+        loaded.push(Arc::downgrade(&module));
+        Ok(module)
+    }
+
+    /// Finds the kernels one communicator can ever pick and makes the driver load their code now: a first launch
+    /// that loads code may wait for the whole device while a peer's kernel spins on ours.
+    pub fn kernels(self: &Arc<Self>, ranks: u32, multicast: bool) -> Result<Kernels> {
+        let api = self.context.api();
+        let _entered = self.context.enter()?;
+        let world = match ranks {
+            2 | 4 | 8 => ranks.to_string(),
+            _ => "n".to_owned(),
+        };
+        let wire = if multicast { "mc" } else { "uc" };
+        let mut functions = [[std::ptr::null_mut(); 3]; 2];
+        let mut resident = u32::MAX;
+        for (row, algorithm) in functions.iter_mut().zip(Algorithm::ALL) {
+            for (function, dtype) in row.iter_mut().zip(DataType::ROUTED) {
+                let dtype = dtype.kernel_name().ok_or(Error::Bug("a routed type without a kernel"))?;
+                let name = format!("twoshot_{}_{dtype}_{world}_{wire}", algorithm.name());
+                let name = CString::new(name).map_err(|_| Error::Bug("a kernel name holds a zero byte"))?;
+                // SAFETY: valid out-pointer, live module, terminated name.
+                unsafe { call!(api, cuModuleGetFunction(function, self.raw, name.as_ptr())) }?;
+                if let Some(load) = api.cuFuncLoad {
+                    // SAFETY: the function was just found in a live module.
+                    super::api::check("cuFuncLoad", unsafe { load(*function) })?;
+                }
+                let mut blocks = 0;
+                let threads = layout::MAX_THREADS as i32;
+                // SAFETY: as above.
+                unsafe {
+                    call!(api, cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, *function, threads, 0))
+                }?;
+                resident = resident.min(u32::try_from(blocks).unwrap_or(0));
+            }
+        }
+        Ok(Kernels { module: Arc::clone(self), functions, resident_per_sm: resident })
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        let unloaded = self.context.enter().and_then(|_entered| {
+            // SAFETY: loaded once; every `Kernels` holds an `Arc` to us, so nothing launches from it any more.
+            unsafe { call!(self.context.api(), cuModuleUnload(self.raw)) }
+        });
+        if let Err(error) = unloaded {
+            warning!(self.context.device().ordinal(), "{error}");
+        }
+    }
+}
+
+/// The six kernels of one communicator: algorithm by element type.
+pub struct Kernels {
+    module: Arc<Module>,
+    functions: [[sys::CUfunction; 3]; 2],
+    resident_per_sm: u32,
+}
+
+// SAFETY: function handles may be used from any thread.
+unsafe impl Send for Kernels {}
+// SAFETY: as above.
+unsafe impl Sync for Kernels {}
+
+impl Kernels {
+    /// Largest blocks that fit one multiprocessor at once, the smallest number over the kernels.
+    pub fn resident_per_sm(&self) -> u32 {
+        self.resident_per_sm
+    }
+}
+
+/// Whether this driver captures programmatic dependent launches into graphs (12.3 and newer).
+pub fn dependent_launch() -> bool {
+    let mut version = 0;
+    // SAFETY: valid out-pointer.
+    let asked = super::api::api().and_then(|api| unsafe { call!(api, cuDriverGetVersion(&mut version)) });
+    asked.is_ok() && version >= 12030
+}
+
+/// One launch.
+pub struct Launch<'a> {
+    /// Where the function comes from.
+    pub kernels: &'a Kernels,
+    /// Kernel, grid and block.
+    pub plan: Plan,
+    /// Programmatic dependent launch: the kernel may become resident while its predecessor drains.
+    pub dependent: bool,
+}
+
+impl Launch<'_> {
+    /// Queues the kernel. No allocation, no lock, no formatting.
+    pub fn on(&self, stream: RawStream, args: &Args) -> Result<()> {
+        let row = &self.kernels.functions[self.plan.algorithm as usize];
+        let column = self.plan.dtype.kernel_index().ok_or(Error::Bug("a plan for a type without a kernel"))?;
+        // SAFETY: a plain structure for which zero is a value.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        attribute.id = sys::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION as i32;
+        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: self.plan.blocks,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: self.plan.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: 0,
+            hStream: stream.raw(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(self.dependent),
+        };
+        let mut parameters = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        let api = self.kernels.module.context.api();
+        let (function, no_extra) = (row[column], std::ptr::null_mut());
+        // SAFETY: config, attribute and parameters outlive the call, which copies them; the kernel takes exactly one
+        // `TwoshotArgs`. What the addresses in it point to is kept alive by the communicator and, for the buffers,
+        // by NCCL's contract with our caller.
+        unsafe { call!(api, cuLaunchKernelEx(&config, function, parameters.as_mut_ptr(), no_extra)) }
+    }
+}
+
+/// What the host tells running kernels and what they report, in host memory that the device maps.
+pub struct ControlPage(HostMemory);
+
+/// The page's fields as atomics, in the layout of `TwoshotControl`.
+#[repr(C)]
+pub struct Control {
+    /// The host writes 1; kernels leave their loops.
+    pub abort: AtomicU32,
+    fault: AtomicU32,
+    epoch: AtomicU32,
+    kernel: AtomicU32,
+    peer: AtomicU32,
+    phase: AtomicU32,
+    line: AtomicU64,
+    count: AtomicU64,
+}
+
+const _: () = {
+    assert!(size_of::<Control>() == size_of::<TwoshotControl>());
+    assert!(std::mem::offset_of!(Control, fault) == std::mem::offset_of!(TwoshotControl, fault));
+    assert!(std::mem::offset_of!(Control, phase) == std::mem::offset_of!(TwoshotControl, phase));
+    assert!(std::mem::offset_of!(Control, line) == std::mem::offset_of!(TwoshotControl, line));
+    assert!(std::mem::offset_of!(Control, count) == std::mem::offset_of!(TwoshotControl, count));
+};
+
+/// What a kernel reported before it left its loops.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Fault {
+    /// 1 aborted, 2 deadline, 3 two launches of one communicator overlapped.
+    pub kind: u32,
+    /// Launches of the communicator before this one.
+    pub epoch: u32,
+    /// 1 one-shot, 2 two-shot.
+    pub kernel: u32,
+    /// The first peer whose data was missing.
+    pub peer: u32,
+    /// 1 scatter (or one-shot's only phase), 2 broadcast.
+    pub phase: u32,
+    /// The missing line inside that peer's slot.
+    pub line: u64,
+    /// Elements of the call.
+    pub count: u64,
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let what = match self.kind {
+            1 => "an abort",
+            2 => "a missed deadline",
+            3 => "two overlapping launches of one communicator (one communicator on two streams at once?)",
+            _ => "an unknown fault",
+        };
+        let kernel = if self.kernel == 1 { "one-shot" } else { "two-shot" };
+        let stage = if self.phase == 2 { "broadcast" } else { "scatter" };
+        write!(
+            f,
+            "{what}: epoch {}, {kernel}, {} elements; first missing: rank {}, {stage} stage, line {}",
+            self.epoch, self.count, self.peer, self.line
+        )
+    }
+}
+
+impl ControlPage {
+    /// Allocates a zeroed page.
+    pub fn new(context: &Arc<Context>) -> Result<Self> {
+        HostMemory::new(context, 4096).map(Self)
+    }
+
+    /// The page as the device sees it.
+    pub fn device_address(&self) -> u64 {
+        self.0.device_address()
+    }
+
+    /// The page as the host sees it.
+    pub fn control(&self) -> &Control {
+        // SAFETY: page-aligned, large enough, lives as long as `self`, and all fields are atomics.
+        unsafe { &*self.0.pointer().cast::<Control>() }
+    }
+
+    /// The fault a kernel reported, if one did. One relaxed load in the good case.
+    pub fn fault(&self) -> Option<Fault> {
+        let control = self.control();
+        let kind = control.fault.load(Ordering::Acquire);
+        (kind != 0).then(|| Fault {
+            kind,
+            epoch: control.epoch.load(Ordering::Relaxed),
+            kernel: control.kernel.load(Ordering::Relaxed),
+            peer: control.peer.load(Ordering::Relaxed),
+            phase: control.phase.load(Ordering::Relaxed),
+            line: control.line.load(Ordering::Relaxed),
+            count: control.count.load(Ordering::Relaxed),
+        })
+    }
+}

@@ -1,0 +1,21 @@
+//! The CUDA driver and NVML behind owner types: one type per handle, released when dropped, in the reverse order
+//! of acquisition. All driver `unsafe` of the crate lives here.
+
+pub mod api;
+mod capture;
+mod context;
+mod host;
+mod kernel;
+mod memory;
+mod multicast;
+mod nvml;
+mod stream;
+
+pub use capture::{Capture, bury, capture_of, capturing, order_behind, reap, retain_for_graph, with_relaxed_capture};
+pub use context::{Context, Device, DeviceFacts, Entered};
+pub use host::HostMemory;
+pub use kernel::{Args, Control, ControlPage, Fault, Kernels, Launch, Module, SENTINEL, dependent_launch};
+pub use memory::{Allocation, HandleType, Imported, Mapping, Reservation, Scratch, Shareable, granularity};
+pub use multicast::{AllAdded, BarrierPassed, Created, MulticastObject, Slot, multicast_granularity};
+pub use nvml::{FabricFacts, fabric_facts, nvlink_between};
+pub use stream::{Event, RawStream, Stream, wait_for};

@@ -1,0 +1,134 @@
+//! NVML, opened at run time for the length of one question: the fabric a GPU belongs to and its links to peers.
+
+use std::ffi::{c_char, c_int, c_uint, c_void};
+
+use crate::error::{Error, Result};
+
+#[allow(
+    missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals, dead_code, clippy::all,
+    unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks
+)]
+mod sys {
+    include!(concat!(env!("OUT_DIR"), "/nvml_abi.rs"));
+}
+use sys::{nvmlDevice_t, nvmlGpuFabricInfo_t, nvmlGpuFabricInfo_v2_t};
+
+type InfoV = unsafe extern "C" fn(nvmlDevice_t, *mut c_void) -> c_int;
+type InfoV1 = unsafe extern "C" fn(nvmlDevice_t, *mut nvmlGpuFabricInfo_t) -> c_int;
+type ByBusId = unsafe extern "C" fn(*const c_char, *mut nvmlDevice_t) -> c_int;
+type P2pStatus = unsafe extern "C" fn(nvmlDevice_t, nvmlDevice_t, c_uint, *mut c_uint) -> c_int;
+
+/// What NVML says of a GPU's fabric. The default is "none".
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct FabricFacts {
+    /// The fabric manager has finished with this GPU, without error.
+    pub completed: bool,
+    /// Cluster UUID; all zero outside a multi-node fabric.
+    pub uuid: [u8; 16],
+    /// Clique: the GPUs of one cluster that reach each other.
+    pub clique: u32,
+}
+
+struct Nvml {
+    library: libloading::Library,
+}
+
+impl Nvml {
+    fn open() -> Result<Self> {
+        // SAFETY: NVML's initialisers have no preconditions.
+        let library = unsafe { libloading::Library::new("libnvidia-ml.so.1") }
+            .map_err(|error| Error::NvmlLibrary(error.to_string()))?;
+        {
+            let init = symbol::<unsafe extern "C" fn() -> c_int>(&library, b"nvmlInit_v2\0")?;
+            // SAFETY: takes nothing; balanced by `drop`.
+            check("nvmlInit_v2", unsafe { init() })?;
+        }
+        Ok(Self { library })
+    }
+
+    fn device(&self, bus_id: &[u8; 16]) -> Result<nvmlDevice_t> {
+        if !bus_id.contains(&0) {
+            return Err(Error::Protocol("a PCI bus id is not terminated"));
+        }
+        let find = symbol::<ByBusId>(&self.library, b"nvmlDeviceGetHandleByPciBusId_v2\0")?;
+        let mut device = std::ptr::null_mut();
+        // SAFETY: terminated text, valid out-pointer.
+        check("nvmlDeviceGetHandleByPciBusId_v2", unsafe { find(bus_id.as_ptr().cast(), &mut device) })?;
+        Ok(device)
+    }
+}
+
+impl Drop for Nvml {
+    fn drop(&mut self) {
+        if let Ok(shutdown) = symbol::<unsafe extern "C" fn() -> c_int>(&self.library, b"nvmlShutdown\0") {
+            // SAFETY: balances `nvmlInit_v2`, which counts its users.
+            let _ = unsafe { shutdown() };
+        }
+    }
+}
+
+fn symbol<'a, F>(library: &'a libloading::Library, name: &'static [u8]) -> Result<libloading::Symbol<'a, F>> {
+    // SAFETY: callers name the type that `include/nvml_abi.h` states for the function.
+    unsafe { library.get(name) }.map_err(|error| Error::NvmlLibrary(error.to_string()))
+}
+
+fn check(call: &'static str, code: c_int) -> Result<()> {
+    if code == sys::NVML_SUCCESS as c_int { Ok(()) } else { Err(Error::Nvml { call, code }) }
+}
+
+/// The fabric of the GPU at a PCI bus id. A library or GPU without fabric support has none; that is no error.
+pub fn fabric_facts(bus_id: &[u8; 16]) -> Result<FabricFacts> {
+    let nvml = Nvml::open()?;
+    let device = nvml.device(bus_id)?;
+    let completed = |state: u32, status: i32| {
+        state == sys::NVML_GPU_FABRIC_STATE_COMPLETED && status == sys::NVML_SUCCESS as i32
+    };
+    if let Ok(query) = symbol::<InfoV>(&nvml.library, b"nvmlDeviceGetGpuFabricInfoV\0") {
+        // SAFETY: plain integers, for which zero is a value.
+        let mut info: nvmlGpuFabricInfo_v2_t = unsafe { std::mem::zeroed() };
+        info.version = sys::TWOSHOT_NVML_FABRIC_INFO_V2;
+        // SAFETY: the structure that the version word announces.
+        if unsafe { query(device, (&raw mut info).cast()) } == 0 {
+            return Ok(FabricFacts {
+                completed: completed(u32::from(info.state), info.status as i32),
+                uuid: info.clusterUuid,
+                clique: info.cliqueId,
+            });
+        }
+    }
+    if let Ok(query) = symbol::<InfoV1>(&nvml.library, b"nvmlDeviceGetGpuFabricInfo\0") {
+        // SAFETY: as above.
+        let mut info: nvmlGpuFabricInfo_t = unsafe { std::mem::zeroed() };
+        // SAFETY: valid out-pointer.
+        if unsafe { query(device, &mut info) } == 0 {
+            return Ok(FabricFacts {
+                completed: completed(u32::from(info.state), info.status as i32),
+                uuid: info.clusterUuid,
+                clique: info.cliqueId,
+            });
+        }
+    }
+    Ok(FabricFacts::default())
+}
+
+/// Whether two GPUs of this host are connected by NVLink (directly or through a switch), both ways for stores.
+pub fn nvlink_between(own: &[u8; 16], peers: &[[u8; 16]]) -> Result<Vec<bool>> {
+    let nvml = Nvml::open()?;
+    let own = nvml.device(own)?;
+    let status_of = symbol::<P2pStatus>(&nvml.library, b"nvmlDeviceGetP2PStatus\0")?;
+    peers
+        .iter()
+        .map(|bus_id| {
+            let peer = nvml.device(bus_id)?;
+            let good = |from, to, index| -> Result<bool> {
+                let mut status = sys::NVML_P2P_STATUS_UNKNOWN;
+                // SAFETY: live devices, valid out-pointer.
+                check("nvmlDeviceGetP2PStatus", unsafe { status_of(from, to, index, &mut status) })?;
+                Ok(status == sys::NVML_P2P_STATUS_OK)
+            };
+            let link = sys::NVML_P2P_CAPS_INDEX_NVLINK;
+            let write = sys::NVML_P2P_CAPS_INDEX_WRITE;
+            Ok(good(own, peer, link)? && good(own, peer, write)? && good(peer, own, write)?)
+        })
+        .collect()
+}

@@ -1,0 +1,89 @@
+use super::*;
+use std::io::{Read, Seek, Write};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn file_saying(text: &str) -> std::fs::File {
+    let fd = rustix::fs::memfd_create("twoshot-test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let mut file = std::fs::File::from(fd);
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
+fn read(fd: OwnedFd) -> String {
+    let mut file = std::fs::File::from(fd);
+    file.rewind().unwrap();
+    let mut text = String::new();
+    file.read_to_string(&mut text).unwrap();
+    text
+}
+
+fn peers(desks: &[Desk]) -> Vec<Peer> {
+    (0u32..).zip(desks).map(|(rank, desk)| Peer { rank, name: desk.name, token: desk.token }).collect()
+}
+
+#[test]
+fn every_rank_gets_every_other_ranks_descriptor_in_two_rounds() {
+    const RANKS: u32 = 9;
+    let desks: Vec<_> = (0..RANKS).map(|_| Desk::open(RANKS).unwrap()).collect();
+    let peers = peers(&desks);
+    std::thread::scope(|scope| {
+        for (rank, desk) in (0u32..).zip(&desks) {
+            let peers = &peers;
+            scope.spawn(move || {
+                for round in 0..2 {
+                    let mine = file_saying(&format!("{rank}/{round}"));
+                    let others: Vec<_> = peers.iter().filter(|peer| peer.rank != rank).copied().collect();
+                    let give = Some((mine.as_fd(), others.len()));
+                    let got = desk.trade(rank, round, give, &others, PATIENCE).unwrap();
+                    let texts: Vec<_> = got.into_iter().map(read).collect();
+                    let expected: Vec<_> = others.iter().map(|peer| format!("{}/{round}", peer.rank)).collect();
+                    assert_eq!(texts, expected);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_stranger_without_the_token_is_given_nothing_and_disturbs_nobody() {
+    let desks = [Desk::open(2).unwrap(), Desk::open(2).unwrap()];
+    let peers = peers(&desks);
+    let strangers: Vec<_> = [
+        Peer { token: [0; 16], ..peers[0] },
+        Peer { rank: 7, name: peers[0].name, token: peers[1].token },
+    ]
+    .iter()
+    .map(|peer| call(peer, 1, 0).unwrap())
+    .collect();
+    let wrong_round = call(&peers[0], 1, 9).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| assert_eq!(desks[1].trade(1, 0, None, &peers[..1], PATIENCE).unwrap().len(), 1));
+        let mine = file_saying("secret");
+        desks[0].trade(0, 0, Some((mine.as_fd(), 1)), &[], PATIENCE).unwrap();
+    });
+    for socket in strangers.iter().chain([&wrong_round]) {
+        assert!(!matches!(receive(socket, 0), Ok(Some(_))));
+    }
+}
+
+#[test]
+fn a_peer_that_never_comes_is_named_when_the_deadline_passes() {
+    let desks = [Desk::open(2).unwrap(), Desk::open(2).unwrap()];
+    let peers = peers(&desks);
+    let mine = file_saying("x");
+    let start = Instant::now();
+    let patience = Duration::from_millis(200);
+    let error = desks[0].trade(0, 0, Some((mine.as_fd(), 1)), &peers[1..], patience).unwrap_err();
+    assert!(matches!(error, Error::Peer { rank: 1, .. }), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(10));
+}
+
+#[test]
+fn a_peer_that_is_gone_is_an_error_at_once() {
+    let gone = Desk::open(2).unwrap();
+    let peer = Peer { rank: 1, name: gone.name, token: gone.token };
+    drop(gone);
+    let desk = Desk::open(2).unwrap();
+    assert!(desk.trade(0, 0, None, &[peer], PATIENCE).is_err());
+}
