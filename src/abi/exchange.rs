@@ -1,0 +1,153 @@
+//! The exchange of the direct door: stock NCCL's own AllGather, on the communicator that is being set up.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Code, code};
+use crate::driver::{Context, HostMemory, RawStream, Scratch, Stream, wait_for};
+use crate::error::{Error, Result};
+use crate::exchange::Exchange;
+use crate::intercept::{Comm, Stock};
+use crate::warning;
+use crate::wire::{BLOB, Blob};
+
+/// `ncclUint8`.
+const UINT8: i32 = 1;
+/// How often a rank says that it still waits.
+const REMINDER: Duration = Duration::from_secs(5);
+
+/// Memory that stock NCCL can read and write: on the device, or, where there is none left, pinned on the host.
+enum Buffer {
+    Device(Scratch, Stream),
+    Host(HostMemory),
+}
+
+/// One communicator's exchange.
+pub struct StockExchange<'a> {
+    stock: &'a Stock,
+    comm: Comm,
+    context: Arc<Context>,
+    device: i32,
+    rank: u32,
+    ranks: u32,
+    stream: RawStream,
+    _own: Option<Stream>,
+    buffer: Buffer,
+    patience: Duration,
+    first: bool,
+}
+
+impl<'a> StockExchange<'a> {
+    /// Prepares an exchange over `comm`. Memory or a stream that cannot be had is replaced by the next best: a rank
+    /// that cannot even speak would leave its peers waiting.
+    pub fn new(
+        stock: &'a Stock,
+        comm: Comm,
+        device: i32,
+        (rank, ranks): (u32, u32),
+        callers: RawStream,
+        patience: Duration,
+    ) -> Result<Self> {
+        let context = crate::setup::context(device)?;
+        let own = Stream::new(&context).ok();
+        let stream = own.as_ref().map_or(callers, Stream::as_raw);
+        let bytes = BLOB as u64 * (u64::from(ranks) + 1);
+        let on_device = || Ok::<_, Error>(Buffer::Device(Scratch::new(&context, bytes)?, Stream::new(&context)?));
+        let on_host = |_| HostMemory::new(&context, bytes as usize).map(Buffer::Host);
+        let buffer = on_device().or_else(on_host)?;
+        Ok(Self { stock, comm, context, device, rank, ranks, stream, _own: own, buffer, patience, first: true })
+    }
+
+    fn address(&self) -> u64 {
+        match &self.buffer {
+            Buffer::Device(scratch, _) => scratch.address(),
+            Buffer::Host(memory) => memory.device_address(),
+        }
+    }
+
+    fn put(&self, bytes: &[u8]) -> Result<()> {
+        match &self.buffer {
+            Buffer::Device(scratch, stream) => scratch.write(0, bytes, stream),
+            Buffer::Host(memory) => memory.write(0, bytes),
+        }
+    }
+
+    fn take(&self, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        match &self.buffer {
+            Buffer::Device(scratch, stream) => scratch.read(offset as u64, bytes, stream),
+            Buffer::Host(memory) => memory.read(offset, bytes),
+        }
+    }
+
+    /// What stock NCCL says of the communicator meanwhile.
+    fn async_error(&self) -> Code {
+        let mut error = code::SUCCESS;
+        // SAFETY: a live communicator, by NCCL's contract with our caller, and a valid out-pointer.
+        let asked = unsafe { (self.stock.nccl.comm_get_async_error)(self.comm, &mut error) };
+        if asked == code::SUCCESS { error } else { asked }
+    }
+
+    fn wait(&self, step: &'static str) -> Result<()> {
+        let start = Instant::now();
+        let mut said = 0;
+        loop {
+            if wait_for(&self.context, self.stream, Some(Duration::from_millis(200)))? {
+                return Ok(());
+            }
+            match self.async_error() {
+                code::SUCCESS | code::IN_PROGRESS => {}
+                failed => return Err(Error::Stock { call: "ncclAllGather", code: failed }),
+            }
+            let waited = start.elapsed();
+            if waited > REMINDER * (said + 1) {
+                said += 1;
+                warning!(
+                    self.device,
+                    "rank {}/{}: waiting for its peers since {} s: {step}. Is twoshot loaded on every rank?",
+                    self.rank,
+                    self.ranks,
+                    waited.as_secs()
+                );
+            }
+            // The first step waits as long as stock NCCL would: peers may come to their first call late. Behind it
+            // every rank is in set-up, and each of its steps has a deadline of its own.
+            if !self.first && waited > self.patience {
+                return Err(Error::Peer { rank: u32::MAX, step });
+            }
+        }
+    }
+}
+
+impl Exchange for StockExchange<'_> {
+    fn ranks(&self) -> u32 {
+        self.ranks
+    }
+
+    fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    fn allgather(&mut self, mine: &Blob, step: &'static str) -> Result<Vec<Blob>> {
+        let _entered = self.context.enter()?;
+        // A copy that fails is tried once more: what cannot be said cannot be voted on.
+        self.put(mine).or_else(|_| self.put(mine))?;
+        let send = self.address() as *const c_void;
+        let receive = (self.address() + BLOB as u64) as *mut c_void;
+        let stream = self.stream.0 as *mut c_void;
+        let all_gather = self.stock.nccl.all_gather;
+        // SAFETY: buffers of one and of `ranks` blobs, alive until the wait below is over; a live communicator.
+        let started = unsafe { all_gather(send, receive, BLOB, UINT8, self.comm, stream) };
+        if started != code::SUCCESS && started != code::IN_PROGRESS {
+            return Err(Error::Stock { call: "ncclAllGather", code: started });
+        }
+        while self.async_error() == code::IN_PROGRESS {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.wait(step)?;
+        self.first = false;
+        let mut bytes = vec![0; BLOB * self.ranks as usize];
+        self.take(BLOB, &mut bytes).or_else(|_| self.take(BLOB, &mut bytes))?;
+        Ok(bytes.chunks_exact(BLOB).filter_map(|chunk| chunk.try_into().ok()).collect())
+    }
+}

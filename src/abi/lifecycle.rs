@@ -1,0 +1,346 @@
+//! The life of a communicator: its creation is noted, its end releases what is ours first. Groups and asynchronous
+//! errors.
+
+use std::ffi::{CStr, c_int, c_void};
+use std::time::Duration;
+
+use super::collectives::fault_code;
+use super::{Code, GROUPS, code, guard, inside, stock, transparent};
+use crate::comm::{self, Hints, State};
+use crate::driver::reap;
+use crate::info;
+use crate::intercept::{Comm, Config, Functions, UniqueId};
+
+/// How long a destroy waits for the communicator's own last call. Its caller has synchronised, so it is done.
+const DESTROY_PATIENCE: Duration = Duration::from_secs(10);
+/// How long an abort waits for its own kernels to see the abort word.
+const ABORT_PATIENCE: Duration = Duration::from_secs(3);
+
+/// The fields of `ncclConfig_t` that all versions since 2.17 share: the head says how much of it the caller knows.
+#[repr(C)]
+struct ConfigHead {
+    size: usize,
+    magic: u32,
+    version: u32,
+    blocking: c_int,
+    cga: c_int,
+    min_ctas: c_int,
+    max_ctas: c_int,
+}
+
+const MAGIC: u32 = 0xcafe_beef;
+
+fn hints(config: Config) -> Hints {
+    let head = config.cast::<ConfigHead>();
+    // SAFETY: a configuration begins with its own size and a magic number; the rest is read only if both say so.
+    let readable = !head.is_null()
+        && unsafe { (*head).size >= size_of::<ConfigHead>() && (*head).magic == MAGIC };
+    if !readable {
+        return Hints::default();
+    }
+    // SAFETY: just checked.
+    let (blocking, max_ctas) = unsafe { ((*head).blocking, (*head).max_ctas) };
+    Hints {
+        // NCCL's "undefined" is the smallest integer, so only positive numbers are limits.
+        max_blocks: u32::try_from(max_ctas).ok().filter(|blocks| *blocks > 0),
+        non_blocking: blocking == 0,
+    }
+}
+
+/// Calls a stock function that makes a communicator, and notes what it made.
+fn make(config: Config, made: *mut Comm, call: impl FnOnce(&Functions) -> Option<Code>) -> Code {
+    guard(|| {
+        let stock = match stock() {
+            Ok(stock) => stock,
+            Err(code) => return code,
+        };
+        let transparent = transparent();
+        if !transparent {
+            reap();
+        }
+        let Some(result) = inside(call, stock) else { return code::USAGE };
+        if !transparent && (result == code::SUCCESS || result == code::IN_PROGRESS) && !made.is_null() {
+            // Inside a group the address is filled at its end: the communicator is then noted at its first call.
+            // SAFETY: the caller's out-pointer, which stock NCCL has just accepted.
+            let comm = unsafe { *made };
+            if !comm.is_null() && GROUPS.try_with(|depth| depth.get() == 0).unwrap_or(false) {
+                comm::created(comm as usize, hints(config));
+            }
+        }
+        result
+    })
+}
+
+/// # Safety
+/// As for this function in NCCL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommInitRank(out: *mut Comm, ranks: c_int, id: UniqueId, rank: c_int) -> Code {
+    // SAFETY: the caller's own arguments.
+    make(std::ptr::null_mut(), out, |nccl| Some(unsafe { (nccl.comm_init_rank)(out, ranks, id, rank) }))
+}
+
+/// # Safety
+/// As for this function in NCCL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommInitRankConfig(
+    out: *mut Comm,
+    ranks: c_int,
+    id: UniqueId,
+    rank: c_int,
+    config: Config,
+) -> Code {
+    // SAFETY: the caller's own arguments.
+    make(config, out, |nccl| Some(unsafe { (nccl.comm_init_rank_config)(out, ranks, id, rank, config) }))
+}
+
+/// # Safety
+/// As for this function in NCCL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommInitRankScalable(
+    out: *mut Comm,
+    ranks: c_int,
+    rank: c_int,
+    count: c_int,
+    ids: *mut UniqueId,
+    config: Config,
+) -> Code {
+    // SAFETY: the caller's own arguments.
+    make(config, out, |nccl| {
+        nccl.comm_init_rank_scalable.map(|init| unsafe { init(out, ranks, rank, count, ids, config) })
+    })
+}
+
+/// # Safety
+/// As for this function in NCCL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommInitAll(comms: *mut Comm, count: c_int, devices: *const c_int) -> Code {
+    guard(|| {
+        // SAFETY: the caller's own arguments.
+        let result = make(std::ptr::null_mut(), comms, |nccl| Some(unsafe { (nccl.comm_init_all)(comms, count, devices) }));
+        if result == code::SUCCESS && !transparent() {
+            // The first one is noted already.
+            for i in 1..usize::try_from(count).unwrap_or(0) {
+                // SAFETY: the caller's array of `count` communicators, which stock NCCL has just filled.
+                let comm = unsafe { *comms.add(i) };
+                if !comm.is_null() {
+                    comm::created(comm as usize, Hints::default());
+                }
+            }
+        }
+        result
+    })
+}
+
+/// # Safety
+/// As for this function in NCCL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommSplit(comm: Comm, color: c_int, key: c_int, out: *mut Comm, config: Config) -> Code {
+    // SAFETY: the caller's own arguments.
+    make(config, out, |nccl| Some(unsafe { (nccl.comm_split)(comm, color, key, out, config) }))
+}
+
+/// # Safety
+/// As for this function in NCCL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommShrink(
+    comm: Comm,
+    excluded: *mut c_int,
+    count: c_int,
+    out: *mut Comm,
+    config: Config,
+    flags: c_int,
+) -> Code {
+    // SAFETY: the caller's own arguments.
+    make(config, out, |nccl| {
+        nccl.comm_shrink.map(|shrink| unsafe { shrink(comm, excluded, count, out, config, flags) })
+    })
+}
+
+/// # Safety
+/// As for this function in NCCL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommGrow(
+    comm: Comm,
+    ranks: c_int,
+    id: *const UniqueId,
+    rank: c_int,
+    out: *mut Comm,
+    config: Config,
+) -> Code {
+    // SAFETY: the caller's own arguments.
+    make(config, out, |nccl| nccl.comm_grow.map(|grow| unsafe { grow(comm, ranks, id, rank, out, config) }))
+}
+
+/// Releases our part of a communicator.
+fn end(comm: Comm, patience: Duration, abort: bool) {
+    let Some(communicator) = comm::remove(comm as usize) else { return };
+    if let State::Ready(ready) = communicator.state() {
+        let ready = std::sync::Arc::clone(ready);
+        info!(-1, "communicator {comm:p} ends: {}", communicator.counters);
+        drop(communicator);
+        ready.release(patience, abort);
+    }
+}
+
+/// # Safety
+/// As for this function in NCCL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommFinalize(comm: Comm) -> Code {
+    guard(|| match stock() {
+        // Nothing of ours is flushed here: a routed call is done when its stream says so.
+        // SAFETY: the caller's own argument.
+        Ok(stock) => inside(|nccl| unsafe { (nccl.comm_finalize)(comm) }, stock),
+        Err(code) => code,
+    })
+}
+
+/// # Safety
+/// As for this function in NCCL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommDestroy(comm: Comm) -> Code {
+    guard(|| {
+        let stock = match stock() {
+            Ok(stock) => stock,
+            Err(code) => return code,
+        };
+        if !comm.is_null() && !transparent() {
+            reap();
+            end(comm, DESTROY_PATIENCE, false);
+        }
+        // SAFETY: the caller's own argument.
+        inside(|nccl| unsafe { (nccl.comm_destroy)(comm) }, stock)
+    })
+}
+
+/// # Safety
+/// As for this function in NCCL. May be called from any thread while the communicator's kernels spin.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommAbort(comm: Comm) -> Code {
+    guard(|| {
+        let stock = match stock() {
+            Ok(stock) => stock,
+            Err(code) => return code,
+        };
+        let ours = !comm.is_null() && !transparent();
+        if ours {
+            set_abort_word(comm);
+        }
+        // SAFETY: the caller's own argument.
+        let result = inside(|nccl| unsafe { (nccl.comm_abort)(comm) }, stock);
+        if ours {
+            end(comm, ABORT_PATIENCE, true);
+        }
+        result
+    })
+}
+
+/// Tells our kernels to leave, before stock NCCL does anything that may wait for them.
+fn set_abort_word(comm: Comm) {
+    if let Some(communicator) = comm::known(comm as usize)
+        && let State::Ready(ready) = communicator.state()
+    {
+        ready.abort();
+    }
+}
+
+/// # Safety
+/// As for this function in NCCL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommRevoke(comm: Comm, flags: c_int) -> Code {
+    guard(|| {
+        let stock = match stock() {
+            Ok(stock) => stock,
+            Err(code) => return code,
+        };
+        if !comm.is_null() && !transparent() {
+            set_abort_word(comm);
+        }
+        // SAFETY: the caller's own arguments.
+        inside(|nccl| nccl.comm_revoke.map(|revoke| unsafe { revoke(comm, flags) }), stock).unwrap_or(code::USAGE)
+    })
+}
+
+/// # Safety
+/// As for this function in NCCL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommGetAsyncError(comm: Comm, error: *mut Code) -> Code {
+    guard(|| {
+        let stock = match stock() {
+            Ok(stock) => stock,
+            Err(code) => return code,
+        };
+        // SAFETY: the caller's own arguments.
+        let result = unsafe { (stock.nccl.comm_get_async_error)(comm, error) };
+        if result != code::SUCCESS || error.is_null() || transparent() {
+            return result;
+        }
+        // SAFETY: the caller's out-pointer, which stock NCCL has just written.
+        if unsafe { *error } == code::SUCCESS
+            && let Some(communicator) = comm::known(comm as usize)
+        {
+            let ours = match communicator.state() {
+                State::Ready(ready) => ready.fault().map(|fault| fault_code(fault.kind)),
+                State::Lost => Some(code::REMOTE),
+                State::New | State::Declined => None,
+            };
+            if let Some(ours) = ours {
+                // SAFETY: as above.
+                unsafe { *error = ours };
+            }
+        }
+        result
+    })
+}
+
+/// # Safety
+/// None; `unsafe` only because it is called from C.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclGroupStart() -> Code {
+    guard(|| match stock() {
+        Ok(stock) => {
+            // SAFETY: takes nothing.
+            let result = unsafe { (stock.nccl.group_start)() };
+            if result == code::SUCCESS && !transparent() {
+                let _ = GROUPS.try_with(|depth| depth.set(depth.get() + 1));
+            }
+            result
+        }
+        Err(code) => code,
+    })
+}
+
+/// # Safety
+/// None; `unsafe` only because it is called from C.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclGroupEnd() -> Code {
+    guard(|| match stock() {
+        Ok(stock) => {
+            if !transparent() {
+                let _ = GROUPS.try_with(|depth| depth.set(depth.get().saturating_sub(1)));
+            }
+            // SAFETY: takes nothing.
+            inside(|nccl| unsafe { (nccl.group_end)() }, stock)
+        }
+        Err(code) => code,
+    })
+}
+
+/// Names and addresses for the call slots.
+pub(super) fn targets() -> Vec<(&'static CStr, *const c_void)> {
+    vec![
+        (c"ncclCommInitRank", ncclCommInitRank as *const c_void),
+        (c"ncclCommInitRankConfig", ncclCommInitRankConfig as *const c_void),
+        (c"ncclCommInitRankScalable", ncclCommInitRankScalable as *const c_void),
+        (c"ncclCommInitAll", ncclCommInitAll as *const c_void),
+        (c"ncclCommSplit", ncclCommSplit as *const c_void),
+        (c"ncclCommShrink", ncclCommShrink as *const c_void),
+        (c"ncclCommGrow", ncclCommGrow as *const c_void),
+        (c"ncclCommFinalize", ncclCommFinalize as *const c_void),
+        (c"ncclCommDestroy", ncclCommDestroy as *const c_void),
+        (c"ncclCommAbort", ncclCommAbort as *const c_void),
+        (c"ncclCommRevoke", ncclCommRevoke as *const c_void),
+        (c"ncclCommGetAsyncError", ncclCommGetAsyncError as *const c_void),
+        (c"ncclGroupStart", ncclGroupStart as *const c_void),
+        (c"ncclGroupEnd", ncclGroupEnd as *const c_void),
+    ]
+}

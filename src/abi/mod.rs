@@ -1,0 +1,184 @@
+//! The doors: exported C symbols. Null checks, `catch_unwind`, and nothing else; decisions are made below.
+
+mod collectives;
+mod exchange;
+mod lifecycle;
+mod net;
+mod report;
+
+use std::cell::Cell;
+use std::ffi::{CStr, c_int, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Once, OnceLock};
+
+use crate::config::{Config, Mode};
+use crate::error::Error;
+use crate::intercept::{self, Functions, Stock};
+use crate::{info, warning};
+
+/// `ncclResult_t`, as the open integer it is.
+pub type Code = c_int;
+
+/// Result codes of NCCL that twoshot returns itself.
+pub mod code {
+    use super::Code;
+    /// `ncclSuccess`.
+    pub const SUCCESS: Code = 0;
+    /// `ncclUnhandledCudaError`.
+    pub const CUDA: Code = 1;
+    /// `ncclSystemError`.
+    pub const SYSTEM: Code = 2;
+    /// `ncclInternalError`.
+    pub const INTERNAL: Code = 3;
+    /// `ncclInvalidUsage`.
+    pub const USAGE: Code = 5;
+    /// `ncclRemoteError`.
+    pub const REMOTE: Code = 6;
+    /// `ncclInProgress`.
+    pub const IN_PROGRESS: Code = 7;
+}
+
+/// The only translation of errors to NCCL's codes. No `_` arm: a new variant must choose before it compiles.
+pub(crate) fn result_of(error: &Error) -> Code {
+    match error {
+        Error::Driver { .. } | Error::DriverLibrary(_) => code::CUDA,
+        Error::Nvml { .. } | Error::NvmlLibrary(_) | Error::System { .. } => code::SYSTEM,
+        Error::Stock { code, .. } => *code,
+        Error::Peer { .. } | Error::Deadline(_) | Error::Protocol(_) | Error::Kernel(_) => code::REMOTE,
+        Error::WrongAnswer(_) | Error::Bug(_) => code::INTERNAL,
+    }
+}
+
+/// Runs the body of an exported function: no panic leaves it.
+pub(crate) fn guard(body: impl FnOnce() -> Code) -> Code {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or(code::INTERNAL)
+}
+
+/// The stock library, or the code that a caller gets where there is none.
+pub(crate) fn stock() -> Result<&'static Stock, Code> {
+    prepare();
+    match intercept::stock() {
+        Ok(stock) => {
+            static SAID: Once = Once::new();
+            SAID.call_once(|| {
+                info!(-1, "twoshot {}: stock NCCL {} at {}", VERSION, stock.version, stock.path.display());
+            });
+            Ok(stock)
+        }
+        Err(error) => {
+            static SAID: Once = Once::new();
+            SAID.call_once(|| {
+                // Without stock NCCL nothing works, and NCCL_DEBUG may be unset: this line is always written.
+                eprintln!("twoshot: {error}");
+            });
+            Err(code::SYSTEM)
+        }
+    }
+}
+
+/// This library's version.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// What has to be known before the stock library is looked for.
+fn prepare() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        if let Some(path) = &Config::get().nccl_library {
+            intercept::set_explicit_path(path.clone());
+        }
+        intercept::set_log(|line| warning!(-1, "{line}"));
+    });
+}
+
+thread_local! {
+    /// Set while this thread is inside a function of stock NCCL that may call public functions itself.
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
+    /// Open groups of this thread.
+    static GROUPS: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Whether the call comes from inside stock NCCL, or this process must leave everything alone.
+pub(crate) fn transparent() -> bool {
+    INSIDE.try_with(Cell::get).unwrap_or(true) || FORKED.load(Ordering::Relaxed) || off()
+}
+
+fn off() -> bool {
+    static OFF: OnceLock<bool> = OnceLock::new();
+    *OFF.get_or_init(|| Config::get().mode == Mode::Off)
+}
+
+/// Runs a stock function that may call public functions itself; those pass straight through.
+pub(crate) fn inside<T>(call: impl FnOnce(&Functions) -> T, stock: &Stock) -> T {
+    let before = INSIDE.try_with(|flag| flag.replace(true)).unwrap_or(true);
+    let result = call(&stock.nccl);
+    let _ = INSIDE.try_with(|flag| flag.set(before));
+    result
+}
+
+static FORKED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn in_child() {
+    FORKED.store(true, Ordering::Relaxed);
+}
+
+/// From now on a forked child leaves everything to stock NCCL: its CUDA state, locks and peers are the parent's.
+pub(crate) fn watch_forks() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: the handler only stores to an atomic.
+        let failed = unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+        if failed != 0 {
+            warning!(-1, "pthread_atfork failed with {failed}");
+        }
+    });
+}
+
+/// NCCL has loaded us as a network plugin; `inside_nccl` is an address inside the very library that did. Reroutes the
+/// program's calls to us.
+pub(crate) fn plugin_loaded(inside_nccl: *const c_void) {
+    prepare();
+    if off() {
+        return;
+    }
+    intercept::learn_caller(inside_nccl);
+    PLUGGED.store(true, Ordering::Relaxed);
+    bind();
+}
+
+/// Again at each set-up, where the door was opened by the plugin: objects may have been loaded since.
+pub(crate) fn bind_again() {
+    if PLUGGED.load(Ordering::Relaxed) {
+        bind();
+    }
+}
+
+static PLUGGED: AtomicBool = AtomicBool::new(false);
+
+/// Reroutes the calls of every loaded object.
+fn bind() {
+    let Ok(stock) = stock() else { return };
+    match intercept::bind_relocations(&targets()) {
+        Ok(report) => {
+            if report.slots > 0 {
+                intercept::pin_library();
+            }
+            info!(
+                -1,
+                "direct door: {} call slots in {} objects lead here, {} left alone; stock NCCL {} at {}",
+                report.slots,
+                report.objects,
+                report.refused,
+                stock.version,
+                stock.path.display()
+            );
+        }
+        Err(error) => warning!(-1, "the direct door stays shut: {error}"),
+    }
+}
+
+/// The functions whose call slots lead to us: all that are written by hand.
+fn targets() -> Vec<(&'static CStr, *const c_void)> {
+    let mut targets = collectives::targets();
+    targets.extend(lifecycle::targets());
+    targets
+}

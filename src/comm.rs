@@ -1,0 +1,194 @@
+//! The state of one communicator: new, declined, ready or lost; its launches; and the registry by `ncclComm_t`.
+#![forbid(unsafe_code)]
+
+mod ready;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, LazyLock, OnceLock};
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+
+use crate::config::Config;
+use crate::counters::Counters;
+use crate::domain::Declined;
+use crate::error::{Error, Result};
+use crate::exchange::Exchange;
+use crate::setup::{Established, HostIdentity, Request, establish};
+use crate::{info, warning};
+pub use ready::{Buffers, Ready};
+
+/// What a call of a communicator finds.
+pub enum State<'a> {
+    /// Nobody has set it up yet.
+    New,
+    /// Its ranks agreed to leave everything to stock NCCL.
+    Declined,
+    /// Its calls can be routed.
+    Ready(&'a Arc<Ready>),
+    /// Its ranks lost each other during set-up: calls fail.
+    Lost,
+}
+
+// Zero: new.
+const DECLINED: u8 = 1;
+const READY: u8 = 2;
+const LOST: u8 = 3;
+
+/// What we learned when the communicator was made, if we saw it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Hints {
+    /// `maxCTAs` of its configuration.
+    pub max_blocks: Option<u32>,
+    /// `blocking = 0`.
+    pub non_blocking: bool,
+}
+
+/// One communicator.
+#[derive(Default)]
+pub struct Communicator {
+    state: AtomicU8,
+    busy: AtomicBool,
+    ready: OnceLock<Arc<Ready>>,
+    hints: Hints,
+    /// Its calls.
+    pub counters: Counters,
+}
+
+impl Communicator {
+    /// Where it stands. One acquire load.
+    pub fn state(&self) -> State<'_> {
+        match self.state.load(Ordering::Acquire) {
+            READY => self.ready.get().map_or(State::Lost, State::Ready),
+            DECLINED => State::Declined,
+            LOST => State::Lost,
+            _ => State::New,
+        }
+    }
+
+    /// What is known from its creation.
+    pub fn hints(&self) -> Hints {
+        self.hints
+    }
+
+    /// Leaves it to stock NCCL without asking anybody: for what every rank finds alike before the first vote.
+    pub fn decline(&self) {
+        self.state.store(DECLINED, Ordering::Release);
+    }
+
+    /// Claims the right to set it up; NCCL forbids two threads in one communicator, a program may still do it.
+    pub fn claim(&self) -> bool {
+        !self.busy.swap(true, Ordering::AcqRel)
+    }
+
+    /// Sets it up with its peers and latches the outcome: no later call tries again.
+    pub fn set_up(&self, exchange: &mut dyn Exchange, device: i32) -> Result<()> {
+        let config = Config::get();
+        let request =
+            Request { device, max_blocks: self.hints.max_blocks, non_blocking: self.hints.non_blocking };
+        let (rank, ranks) = (exchange.rank(), exchange.ranks());
+        let outcome = HostIdentity::read(config).and_then(|identity| {
+            let context = crate::setup::context(device)?;
+            match establish(exchange, &context, request, config, &identity)? {
+                Ok(established) => {
+                    log_on(device, rank, &established);
+                    let ready = Ready::new(context, established, rank, config)?;
+                    Ok(Some(Arc::new(ready)))
+                }
+                Err(declined) => {
+                    log_off(device, rank, ranks, &declined, config);
+                    Ok(None)
+                }
+            }
+        });
+        let state = match &outcome {
+            Ok(Some(ready)) => {
+                let _ = self.ready.set(Arc::clone(ready));
+                READY
+            }
+            Ok(None) => DECLINED,
+            Err(error) => {
+                warning!(device, "rank {rank}/{ranks}: set-up broke off, the communicator is lost: {error}");
+                LOST
+            }
+        };
+        self.state.store(state, Ordering::Release);
+        outcome.map(|_| ())
+    }
+}
+
+fn log_on(device: i32, rank: u32, established: &Established) {
+    let agreement = &established.agreement;
+    let multicast = if established.workspace.has_multicast() { "multicast" } else { "unicast" };
+    let table = if established.row.measured { "measured" } else { "unmeasured world" };
+    info!(
+        device,
+        "rank {rank}/{}: ON, {} host(s), {multicast}, handles {:?}, one-shot to {} B, two-shot to {} B, blocks {}, \
+         memory {} B, table: {table}",
+        agreement.ranks,
+        established.hosts,
+        established.handle,
+        agreement.oneshot_bytes,
+        agreement.twoshot_bytes,
+        agreement.blocks,
+        established.window_bytes,
+    );
+}
+
+fn log_off(device: i32, rank: u32, ranks: u32, declined: &Declined, config: &Config) {
+    let own = config.forbidden.filter(|_| declined.rank == rank).map(|word| format!(" [{word}]")).unwrap_or_default();
+    info!(device, "rank {rank}/{ranks}: OFF, stock NCCL: {declined}{own}");
+}
+
+type Table = HashMap<usize, Arc<Communicator>>;
+
+static TABLE: LazyLock<ArcSwap<Table>> = LazyLock::new(|| ArcSwap::from_pointee(Table::new()));
+static CHANGES: Mutex<()> = Mutex::new(());
+
+/// The communicator behind an `ncclComm_t`, made known at its first call if its creation was not seen. The common
+/// case is a wait-free look-up.
+pub fn find(comm: usize) -> Arc<Communicator> {
+    if let Some(found) = TABLE.load().get(&comm) {
+        return Arc::clone(found);
+    }
+    insert(comm, Hints::default(), false)
+}
+
+/// A communicator was created at this address; whatever was known of an older one there is forgotten.
+pub fn created(comm: usize, hints: Hints) {
+    insert(comm, hints, true);
+}
+
+fn insert(comm: usize, hints: Hints, replace: bool) -> Arc<Communicator> {
+    let _changes = CHANGES.lock();
+    if !replace && let Some(found) = TABLE.load().get(&comm) {
+        return Arc::clone(found);
+    }
+    let communicator = Arc::new(Communicator { hints, ..Communicator::default() });
+    let mut table = Table::clone(&TABLE.load());
+    table.insert(comm, Arc::clone(&communicator));
+    TABLE.store(Arc::new(table));
+    communicator
+}
+
+/// The communicator if it is known, without making it known.
+pub fn known(comm: usize) -> Option<Arc<Communicator>> {
+    TABLE.load().get(&comm).map(Arc::clone)
+}
+
+/// Forgets a communicator that is about to be destroyed and hands its state over.
+pub fn remove(comm: usize) -> Option<Arc<Communicator>> {
+    let _changes = CHANGES.lock();
+    let mut table = Table::clone(&TABLE.load());
+    let removed = table.remove(&comm);
+    if removed.is_some() {
+        TABLE.store(Arc::new(table));
+    }
+    removed
+}
+
+/// The error of a communicator whose set-up broke off.
+pub fn lost() -> Error {
+    Error::Peer { rank: u32::MAX, step: "set-up broke off" }
+}

@@ -1,0 +1,153 @@
+//! A communicator whose calls are routed: launches in issue order, faults, and the end.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use crate::config::Config;
+use crate::driver::{
+    Args, Context, Event, Fault, Kernels, Launch, RawStream, bury, capture_of, dependent_launch, order_behind,
+    retain_for_graph,
+};
+use crate::error::Result;
+use crate::route::{Agreement, Plan};
+use crate::setup::Established;
+use crate::warning;
+use crate::workspace::Workspace;
+
+/// The addresses of one call, and where it is queued.
+#[derive(Clone, Copy, Debug)]
+pub struct Buffers {
+    /// Device address of the input.
+    pub input: u64,
+    /// Device address of the output.
+    pub output: u64,
+    /// Elements.
+    pub count: u64,
+    /// The caller's stream.
+    pub stream: RawStream,
+}
+
+/// The last operation captured, by capture sequence.
+#[derive(Clone, Copy)]
+struct Captured {
+    id: u64,
+    stream: RawStream,
+    node: Option<usize>,
+}
+
+/// Where the last operations went, so that the next one is ordered behind them.
+#[derive(Default)]
+struct Order {
+    eager: Option<RawStream>,
+    captured: Option<Captured>,
+    retained: Option<u64>,
+}
+
+/// A ready communicator. Dropped when the communicator and every graph that captured one of its calls are gone.
+pub struct Ready {
+    args: Args,
+    agreement: Agreement,
+    dependent: bool,
+    order: Mutex<Order>,
+    last: Event,
+    // Dropped in this order: kernels before the memory they work on.
+    kernels: Kernels,
+    workspace: Workspace,
+    context: Arc<Context>,
+}
+
+impl Ready {
+    /// Takes over what set-up established.
+    pub fn new(context: Arc<Context>, established: Established, rank: u32, config: &Config) -> Result<Self> {
+        let Established { agreement, kernels, workspace, .. } = established;
+        let timeout_ns = config.timeout_ms.saturating_mul(1_000_000);
+        Ok(Self {
+            args: workspace.args(&agreement, rank, timeout_ns),
+            agreement,
+            dependent: dependent_launch(),
+            order: Mutex::default(),
+            last: Event::new(&context)?,
+            kernels,
+            workspace,
+            context,
+        })
+    }
+
+    /// What the ranks agreed on.
+    pub fn agreement(&self) -> &Agreement {
+        &self.agreement
+    }
+
+    /// What a kernel reported, if one did.
+    pub fn fault(&self) -> Option<Fault> {
+        self.workspace.page.fault()
+    }
+
+    /// Queues one call. The operations of a communicator run in issue order: on another stream than the last one's,
+    /// eagerly behind its event, captured behind its node.
+    pub fn launch(self: &Arc<Self>, plan: Plan, buffers: Buffers) -> Result<()> {
+        let args = Args { in_: buffers.input, out: buffers.output, count: buffers.count, ..self.args };
+        let stream = buffers.stream;
+        let _entered = self.context.enter()?;
+        let mut order = self.order.lock();
+        let Some(capture) = capture_of(&self.context, stream) else {
+            if order.eager.is_some_and(|last| last != stream) {
+                self.last.hold(stream)?;
+            }
+            Launch { kernels: &self.kernels, plan, dependent: self.dependent }.on(stream, &args)?;
+            order.eager = Some(stream);
+            // Recorded now, not when the stream changes: by then the caller may have destroyed this one.
+            return self.last.record(stream);
+        };
+        let mut dependent = self.dependent;
+        if let Some(last) = order.captured.filter(|last| last.id == capture.id && last.stream != stream)
+            && let Some(node) = last.node
+        {
+            order_behind(&self.context, stream, node)?;
+            // Programmatic edges exist between two kernels only; this one now has two predecessors.
+            dependent = false;
+        }
+        Launch { kernels: &self.kernels, plan, dependent }.on(stream, &args)?;
+        if order.retained != Some(capture.id) {
+            retain_for_graph(&self.context, &capture, Arc::clone(self) as _)?;
+            order.retained = Some(capture.id);
+        }
+        let node = capture_of(&self.context, stream).and_then(|capture| capture.node);
+        order.captured = Some(Captured { id: capture.id, stream, node });
+        Ok(())
+    }
+
+    /// Tells every kernel of this communicator, running or to come, to leave.
+    pub fn abort(&self) {
+        self.workspace.page.control().abort.store(1, Ordering::Release);
+    }
+
+    /// Whether the communicator was aborted.
+    pub fn aborted(&self) -> bool {
+        self.workspace.page.control().abort.load(Ordering::Relaxed) != 0
+    }
+
+    /// Lets go of a communicator that is being destroyed: waits a bounded time for its last eager call, then drops it.
+    /// Graphs that captured its calls keep it alive. `later` leaves the dropping to the next set-up or destroy: an
+    /// abort must not call what may wait for some other communicator's stuck kernel.
+    pub fn release(self: Arc<Self>, patience: Duration, later: bool) {
+        let device = self.context.device().ordinal();
+        match self.last.wait(patience) {
+            Ok(true) if later => bury(self),
+            Ok(true) => drop(self),
+            Ok(false) => {
+                warning!(device, "a kernel still runs while its communicator is destroyed: its memory is kept");
+                std::mem::forget(self);
+            }
+            // The context is broken: dropping only adds errors to it, but counts must come down.
+            Err(error) => {
+                warning!(device, "{error} while a communicator is destroyed");
+                bury(self);
+            }
+        }
+    }
+}

@@ -1,0 +1,349 @@
+//! Setting a communicator up: probe, vote, allocate and export, vote, import and map, vote, multicast with votes of
+//! its own, known-answer AllReduce, vote.
+//!
+//! Every rank takes part in every vote until the first refusal, whatever happened to it: work is done under
+//! deadlines and its outcome stated, never returned early. The result is the same on all ranks.
+#![forbid(unsafe_code)]
+
+mod known_answer;
+mod multicast;
+mod probe;
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::Config;
+use crate::decline::Decline;
+use crate::domain::{Declined, Domain, merge};
+use crate::driver::{Context, Device, HandleType, Kernels, Module, Shareable, multicast_granularity};
+use crate::error::{Error, Result};
+use crate::exchange::{Exchange, vote};
+use crate::handoff::{Desk, Peer};
+use crate::layout::Layout;
+use crate::route::Agreement;
+use crate::steps::bounded;
+use crate::table::{Row, World, row};
+use crate::trace;
+use crate::wire::Step;
+use crate::workspace::{Own, PeerHandle, Workspace, allocate};
+
+pub use probe::HostIdentity;
+
+/// A communicator ready for routed calls.
+pub struct Established {
+    /// What all ranks agreed on.
+    pub agreement: Agreement,
+    /// Kernels of this world.
+    pub kernels: Kernels,
+    /// Shared memory.
+    pub workspace: Workspace,
+    /// Number of hosts.
+    pub hosts: u32,
+    /// Bytes of this rank's window.
+    pub window_bytes: u64,
+    /// The cross-over row in force.
+    pub row: Row,
+    /// How handles travelled.
+    pub handle: HandleType,
+}
+
+/// What is known of the communicator before its ranks have spoken.
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    /// CUDA ordinal of its device.
+    pub device: i32,
+    /// The user's limit on blocks (`maxCTAs`), if any.
+    pub max_blocks: Option<u32>,
+    /// The communicator does not block its caller.
+    pub non_blocking: bool,
+}
+
+/// The common verdict.
+pub type Verdict = std::result::Result<Established, Declined>;
+
+/// A local failure on the way to a vote.
+type Local<T> = std::result::Result<T, (Decline, Error)>;
+
+fn reason<T>(reason: Decline) -> impl Fn(Error) -> std::result::Result<T, (Decline, Error)> {
+    move |error| {
+        let reason = if matches!(error, Error::Deadline(_)) { Decline::Deadline } else { reason };
+        Err((reason, error))
+    }
+}
+
+/// Numbers of the votes.
+mod number {
+    pub const PREPARE: u8 = 1;
+    pub const SHARE: u8 = 2;
+    pub const MAP: u8 = 3;
+    pub const MULTICAST_CREATE: u8 = 4;
+    pub const MULTICAST_ADD: u8 = 5;
+    pub const MULTICAST_BIND: u8 = 6;
+    pub const KNOWN_ANSWER: u8 = 7;
+}
+
+struct Ballot<'a> {
+    exchange: &'a mut dyn Exchange,
+    device: i32,
+}
+
+impl Ballot<'_> {
+    /// States this rank's outcome and gets the verdict, with the local value where all ranks succeeded.
+    fn cast<T>(
+        &mut self,
+        mut step: Step,
+        name: &'static str,
+        local: Local<T>,
+    ) -> Result<std::result::Result<(T, Vec<Step>), Declined>> {
+        let kept = match local {
+            Ok(value) => Some(value),
+            Err((reason, error)) => {
+                trace!(self.device, "{name}: {} on this rank: {error}", reason.name());
+                step.declined = Some((reason, error.code()));
+                None
+            }
+        };
+        Ok(match (vote(self.exchange, step, name)?, kept) {
+            (Ok(steps), Some(value)) => Ok((value, steps)),
+            (Ok(_), None) => return Err(Error::Bug("a vote passed over a refusal")),
+            (Err(declined), _) => Err(declined),
+        })
+    }
+}
+
+/// Sets a communicator up. The outer error means that the ranks lost each other; the verdict is common.
+pub fn establish(
+    exchange: &mut dyn Exchange,
+    context: &Arc<Context>,
+    request: Request,
+    config: &Config,
+    identity: &HostIdentity,
+) -> Result<Verdict> {
+    let deadline = Duration::from_millis(config.setup_timeout_ms);
+    let (rank, ranks) = (exchange.rank(), exchange.ranks());
+    let facts = probe::facts(rank, ranks, request, config, identity, deadline);
+    let domain = match merge(&exchange.allgather(&facts.encode(), "the first step of set-up")?) {
+        Ok(domain) => domain,
+        Err(declined) => return Ok(Err(declined)),
+    };
+    let mut ballot = Ballot { exchange, device: request.device };
+
+    let mut step = Step::new(number::PREPARE, rank);
+    let local = prepare(context, &domain, rank, config, deadline);
+    if let Ok(prepared) = &local {
+        step.granularity = prepared.granularity;
+        step.blocks = prepared.blocks;
+    }
+    let (prepared, steps) = match ballot.cast(step, "examining links and kernels", local)? {
+        Ok(passed) => passed,
+        Err(declined) => return Ok(Err(declined)),
+    };
+    let align = steps.iter().map(|step| step.granularity).max().unwrap_or(1);
+    let blocks = steps.iter().map(|step| step.blocks).min().unwrap_or(1);
+    let Some(plan) = plan(&domain, config, blocks) else {
+        return Ok(Err(Declined { reason: Decline::TooManyRanks, rank: 0, code: 0 }));
+    };
+    let window_bytes = plan.agreement.layout.window_bytes().next_multiple_of(align);
+
+    let mut step = Step::new(number::SHARE, rank);
+    let local = share(context, window_bytes, domain.handle, ranks, deadline);
+    if let Ok((own, desk)) = &local {
+        if let Shareable::Fabric(name) = &own.handle {
+            step.fabric = *name;
+        }
+        if let Some(desk) = desk {
+            (step.socket, step.token) = (desk.name, desk.token);
+        }
+    }
+    let ((own, desk), steps) = match ballot.cast(step, "allocating shared memory", local)? {
+        Ok(passed) => passed,
+        Err(declined) => return Ok(Err(declined)),
+    };
+
+    let local = collect(&own, desk.as_ref(), rank, &steps, deadline)
+        .and_then(|peers| map(context, plan.agreement.layout, own, rank, peers, align, deadline));
+    let step = Step::new(number::MAP, rank);
+    let mut workspace = match ballot.cast(step, "mapping shared memory", local)? {
+        Ok((workspace, _)) => workspace,
+        Err(declined) => return Ok(Err(declined)),
+    };
+
+    let mut kernels = prepared.kernels;
+    if domain.multicast {
+        let module = prepared.module;
+        let parts = multicast::Parts { context, domain: &domain, desk: desk.as_ref(), module, align, deadline };
+        kernels = multicast::join(&mut ballot, &parts, &mut workspace)?.unwrap_or(kernels);
+    }
+    drop(desk);
+
+    let Plan { agreement, row } = plan;
+    let local = known_answer::check(context, workspace, kernels, agreement, rank, deadline)
+        .or_else(reason(Decline::KnownAnswer));
+    let step = Step::new(number::KNOWN_ANSWER, rank);
+    let (workspace, kernels) = match ballot.cast(step, "the known-answer AllReduce", local)? {
+        Ok((parts, _)) => parts,
+        Err(declined) => return Ok(Err(declined)),
+    };
+    Ok(Ok(Established {
+        agreement,
+        kernels,
+        workspace,
+        hosts: domain.hosts,
+        window_bytes,
+        row,
+        handle: domain.handle,
+    }))
+}
+
+struct Prepared {
+    granularity: u64,
+    blocks: u32,
+    module: Arc<Module>,
+    kernels: Kernels,
+}
+
+/// Looks at links, fabric and kernels: everything that can say no before memory is taken.
+fn prepare(
+    context: &Arc<Context>,
+    domain: &Domain,
+    rank: u32,
+    config: &Config,
+    deadline: Duration,
+) -> Local<Prepared> {
+    probe::links(domain, rank, config, deadline)?;
+    if domain.handle == HandleType::Fabric {
+        let context = Arc::clone(context);
+        bounded("probing a fabric handle", deadline, move || crate::workspace::probe_fabric(&context))
+            .or_else(reason(Decline::FabricHandle))?;
+    }
+    let ranks = domain.facts.len() as u32;
+    let sms = domain.facts[rank as usize].blocks;
+    let (handle, multicast) = (domain.handle, domain.multicast);
+    let context = Arc::clone(context);
+    bounded("loading the kernels", deadline, move || {
+        let module = Module::load(&context)?;
+        let kernels = module.kernels(ranks, false)?;
+        let resident = kernels.resident_per_sm().saturating_mul(sms);
+        if resident == 0 {
+            return Err(Error::Bug("no block of a kernel fits a multiprocessor"));
+        }
+        let mut granularity = crate::driver::granularity(&context, handle)?;
+        if multicast {
+            // A failure here is a failure of multicast only, which shows when the object is created.
+            granularity = granularity.max(multicast_granularity(&context, ranks, granularity, handle).unwrap_or(1));
+        }
+        Ok(Prepared { granularity, blocks: sms.min(resident), module, kernels })
+    })
+    .or_else(reason(Decline::Module))
+}
+
+struct Plan {
+    agreement: Agreement,
+    row: Row,
+}
+
+/// Limits and layout: a pure function of what all ranks agreed on.
+fn plan(domain: &Domain, config: &Config, resident: u32) -> Option<Plan> {
+    use crate::layout::Algorithm;
+    let ranks = domain.facts.len() as u32;
+    let row = row(World { ranks, arch: domain.arch, multicast: domain.multicast });
+    let twoshot = config.max_bytes.unwrap_or(row.twoshot_bytes);
+    let oneshot = config.oneshot_max_bytes.unwrap_or(row.oneshot_bytes).min(twoshot);
+    let (oneshot_bytes, twoshot_bytes) = match config.algorithm {
+        None => (oneshot, twoshot),
+        // One-shot alone still has to keep `ranks` copies of a payload: its memory, not two-shot's, is the limit.
+        Some(Algorithm::OneShot) => {
+            let alone = config.oneshot_max_bytes.or(config.max_bytes).unwrap_or(row.oneshot_bytes);
+            (alone, alone)
+        }
+        Some(Algorithm::TwoShot) => (0, twoshot),
+    };
+    let layout = Layout::for_payloads(ranks, oneshot_bytes, twoshot_bytes)?;
+    // Address ranges beyond this are a typing error in a limit, not a workspace.
+    if layout.window_bytes().checked_mul(u64::from(ranks))? > 1 << 42 {
+        return None;
+    }
+    let blocks = row.blocks.min(domain.blocks).min(resident).max(1);
+    let agreement =
+        Agreement { ranks, layout, min_bytes: config.min_bytes, oneshot_bytes, twoshot_bytes, blocks };
+    Some(Plan { agreement, row })
+}
+
+fn share(
+    context: &Arc<Context>,
+    bytes: u64,
+    handle: HandleType,
+    ranks: u32,
+    deadline: Duration,
+) -> Local<(Own, Option<Desk>)> {
+    let context = Arc::clone(context);
+    let own = bounded("allocating shared memory", deadline, move || allocate(&context, bytes, handle))
+        .or_else(|error| {
+            let export = matches!(&error, Error::Driver { call, .. } if call.contains("Export"));
+            reason(if export { Decline::Export } else { Decline::Allocate })(error)
+        })?;
+    let desk = match handle {
+        HandleType::Fd => Some(Desk::open(ranks).or_else(reason(Decline::Handoff))?),
+        HandleType::Fabric => None,
+    };
+    Ok((own, desk))
+}
+
+/// Gets every peer's handle, `None` at this rank.
+fn collect(
+    own: &Own,
+    desk: Option<&Desk>,
+    rank: u32,
+    steps: &[Step],
+    deadline: Duration,
+) -> Local<Vec<Option<PeerHandle>>> {
+    let Some(desk) = desk else {
+        let name = |step: &Step| (step.rank != rank).then_some(PeerHandle::Fabric(step.fabric));
+        return Ok(steps.iter().map(name).collect());
+    };
+    let Shareable::Fd(fd) = &own.handle else {
+        return Err((Decline::Export, Error::Bug("a descriptor domain without a descriptor")));
+    };
+    let peers: Vec<_> = steps.iter().filter(|step| step.rank != rank).map(peer).collect();
+    let fds = desk
+        .trade(rank, 0, Some((fd.as_fd(), peers.len())), &peers, deadline)
+        .or_else(reason(Decline::Handoff))?;
+    let mut fds = fds.into_iter();
+    Ok(steps.iter().map(|step| if step.rank == rank { None } else { fds.next().map(PeerHandle::Fd) }).collect())
+}
+
+fn peer(step: &Step) -> Peer {
+    Peer { rank: step.rank, name: step.socket, token: step.token }
+}
+
+fn map(
+    context: &Arc<Context>,
+    layout: Layout,
+    own: Own,
+    rank: u32,
+    peers: Vec<Option<PeerHandle>>,
+    align: u64,
+    deadline: Duration,
+) -> Local<Workspace> {
+    let context = Arc::clone(context);
+    bounded("mapping shared memory", deadline, move || {
+        Workspace::map(&context, &layout, own, rank as usize, peers, align)
+    })
+    .or_else(|error| {
+        let import = matches!(&error, Error::Driver { call, .. } if call.contains("Import"));
+        let fill = matches!(&error, Error::Driver { call, .. } if call.contains("Memset") || call.contains("Stream"));
+        reason(if import {
+            Decline::Import
+        } else if fill {
+            Decline::Prepare
+        } else {
+            Decline::Map
+        })(error)
+    })
+}
+
+/// The context of a communicator's device.
+pub fn context(device: i32) -> Result<Arc<Context>> {
+    Context::retain(Device::new(device)?)
+}

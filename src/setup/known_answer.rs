@@ -1,0 +1,129 @@
+//! The known-answer AllReduce: every kernel the communicator can ever pick, on data whose sum every rank can
+//! compute, compared bit for bit. A mapping that "succeeded" but leads nowhere is found here, before any call.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use half::{bf16, f16};
+
+use crate::call::{Call, DataType, ReduceOp};
+use crate::driver::{Args, Context, Kernels, Launch, RawStream, Scratch, Stream};
+use crate::error::{Error, Result};
+use crate::layout::Algorithm;
+use crate::route::{Agreement, Plan, Route, decide};
+use crate::steps::bounded;
+use crate::workspace::Workspace;
+
+/// Odd, so that the last line is a partial one in every type, and more than one line per rank up to 72 ranks.
+const COUNT: u64 = 1021;
+/// More than the number of stages, so that every stage is used again after its re-arm.
+const ROUNDS: u32 = 2;
+
+/// Runs all kernels; gives workspace and kernels back where every bit was right.
+pub fn check(
+    context: &Arc<Context>,
+    workspace: Workspace,
+    kernels: Kernels,
+    agreement: Agreement,
+    rank: u32,
+    deadline: Duration,
+) -> Result<(Workspace, Kernels)> {
+    let context = Arc::clone(context);
+    bounded("the known-answer AllReduce", deadline, move || {
+        // Kernels give up well before the step does, so that none runs on memory that is being released.
+        let patience = deadline / 2;
+        let timeout_ns = u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX);
+        let args = workspace.args(&agreement, rank, timeout_ns);
+        let bench = Bench {
+            input: Scratch::new(&context, COUNT * 4)?,
+            output: Scratch::new(&context, COUNT * 4)?,
+            stream: Stream::new(&context)?,
+            args,
+        };
+        let _entered = context.enter()?;
+        for round in 0..ROUNDS {
+            for algorithm in Algorithm::ALL {
+                for dtype in DataType::ROUTED {
+                    let Some((plan, count)) = plan(algorithm, dtype, &agreement) else { continue };
+                    bench.run(&workspace, &kernels, plan, count, round, patience)?;
+                }
+            }
+        }
+        drop(bench);
+        Ok((workspace, kernels))
+    })
+}
+
+/// A plan for this algorithm as the router would make it, for the largest count up to [`COUNT`] that fits.
+fn plan(algorithm: Algorithm, dtype: DataType, agreement: &Agreement) -> Option<(Plan, u64)> {
+    let size = dtype.size()?;
+    let (oneshot_bytes, twoshot_bytes) = match algorithm {
+        Algorithm::OneShot => (agreement.oneshot_bytes, 0),
+        Algorithm::TwoShot => (0, agreement.twoshot_bytes),
+    };
+    let count = COUNT.min(oneshot_bytes.max(twoshot_bytes) / size);
+    let forced = Agreement { oneshot_bytes, twoshot_bytes, min_bytes: 0, ..*agreement };
+    match decide(&Call { count, dtype, op: ReduceOp::SUM }, &forced) {
+        Route::Routed(plan) => Some((plan, count)),
+        Route::Stock(_) => None,
+    }
+}
+
+struct Bench {
+    input: Scratch,
+    output: Scratch,
+    stream: Stream,
+    args: Args,
+}
+
+impl Bench {
+    fn run(
+        &self,
+        workspace: &Workspace,
+        kernels: &Kernels,
+        plan: Plan,
+        count: u64,
+        round: u32,
+        patience: Duration,
+    ) -> Result<()> {
+        let rank = self.args.rank;
+        let mine = payload(plan.dtype, count, |i| value(rank, round, i));
+        self.input.write(0, &mine, &self.stream)?;
+        self.output.write(0, &vec![0xA5; mine.len()], &self.stream)?;
+        let args = Args { in_: self.input.address(), out: self.output.address(), count, ..self.args };
+        let stream: RawStream = self.stream.as_raw();
+        Launch { kernels, plan, dependent: false }.on(stream, &args)?;
+        // The kernel leaves after `patience`; a little more for the last store to land.
+        if !self.stream.wait(patience + Duration::from_millis(500))? {
+            return Err(Error::Deadline("the known-answer AllReduce"));
+        }
+        if let Some(fault) = workspace.page.fault() {
+            return Err(Error::Kernel(fault.to_string()));
+        }
+        let mut got = vec![0; mine.len()];
+        self.output.read(0, &mut got, &self.stream)?;
+        let expected = payload(plan.dtype, count, |i| (0..self.args.ranks).map(|r| value(r, round, i)).sum());
+        if got == expected {
+            return Ok(());
+        }
+        let at = got.iter().zip(&expected).position(|(got, expected)| got != expected).unwrap_or(0);
+        let name = plan.dtype.kernel_name().unwrap_or("?");
+        Err(Error::WrongAnswer(format!("{} {name}, byte {at} of {}", plan.algorithm.name(), got.len())))
+    }
+}
+
+/// Small integers: their sum over any number of ranks is exact in f32, so the order of addition cannot matter and
+/// only the last rounding counts.
+fn value(rank: u32, round: u32, i: u64) -> f32 {
+    ((i * 7 + u64::from(rank) * 13 + u64::from(round) * 29) % 61) as f32 - 30.0
+}
+
+fn payload(dtype: DataType, count: u64, value: impl Fn(u64) -> f32) -> Vec<u8> {
+    let values = (0..count).map(value);
+    match dtype {
+        DataType::BF16 => values.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
+        DataType::F16 => values.flat_map(|x| f16::from_f32(x).to_le_bytes()).collect(),
+        _ => values.flat_map(f32::to_le_bytes).collect(),
+    }
+}
