@@ -1,0 +1,111 @@
+//! kernels/kernels.cu -> PTX -> SASS per architecture -> one fat binary. What is linted is what is shipped: the
+//! PTX that is archived is the PTX that is assembled and embedded.
+
+use std::fs;
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+
+use crate::toolchain;
+
+/// A PTX target and the architectures that get SASS from it. sm_103 has nothing over sm_100 that the kernels use.
+const TARGETS: [(&str, &[&str]); 2] = [("90", &["90"]), ("100", &["100", "103"])];
+/// The PTX that goes in as well, for what comes after.
+const EMBEDDED_PTX: &str = "100";
+
+pub fn compile(root: &Path, out: &Path) -> Result<(), String> {
+    let nvcc = toolchain::nvcc(root)?;
+    let archive = out.join("ptx");
+    fs::create_dir_all(&archive).map_err(|error| format!("{}: {error}", archive.display()))?;
+    println!("cargo::rustc-env=TWOSHOT_PTX_DIR={}", archive.display());
+
+    // A header of the C ABI or this script changes more often than a kernel, and the compilers take a minute.
+    let stamp = out.join("kernels.stamp");
+    let inputs = digest(root, &nvcc)?;
+    if out.join("kernels.fatbin").is_file() && fs::read_to_string(&stamp).is_ok_and(|old| old == inputs) {
+        return Ok(());
+    }
+
+    thread::scope(|scope| {
+        let jobs: Vec<_> = TARGETS
+            .iter()
+            .map(|(target, architectures)| {
+                let (nvcc, archive) = (&nvcc, &archive);
+                scope.spawn(move || one_target(nvcc, root, archive, target, architectures))
+            })
+            .collect();
+        jobs.into_iter().try_for_each(|job| job.join().unwrap_or_else(|_| Err("a compile thread panicked".into())))
+    })?;
+
+    let mut fatbinary = Command::new(beside(&nvcc, "fatbinary"));
+    fatbinary.arg("-64");
+    fatbinary.arg(format!("--create={}", out.join("kernels.fatbin").display()));
+    for arch in TARGETS.iter().flat_map(|(_, architectures)| *architectures) {
+        let file = file(&archive, "cubin", arch);
+        fatbinary.arg(format!("--image3=kind=elf,sm={arch},file={}", file.display()));
+    }
+    let file = file(&archive, "ptx", EMBEDDED_PTX);
+    fatbinary.arg(format!("--image3=kind=ptx,sm={EMBEDDED_PTX},file={}", file.display()));
+    run(&mut fatbinary)?;
+    fs::write(&stamp, inputs).map_err(|error| format!("{}: {error}", stamp.display()))
+}
+
+/// What the outputs depend on: the kernel sources, this file's commands, the compiler.
+fn digest(root: &Path, nvcc: &Path) -> Result<String, String> {
+    let mut hasher = std::hash::DefaultHasher::new();
+    include_str!("kernels.rs").hash(&mut hasher);
+    run(Command::new(nvcc).arg("--version"))?.hash(&mut hasher);
+    let folder = root.join("kernels");
+    let listed = fs::read_dir(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    let mut files: Vec<PathBuf> = listed.flatten().map(|entry| entry.path()).collect();
+    files.sort();
+    for file in files {
+        file.hash(&mut hasher);
+        fs::read(&file).map_err(|error| format!("{}: {error}", file.display()))?.hash(&mut hasher);
+    }
+    Ok(format!("{:016x}", hasher.finish()))
+}
+
+fn one_target(nvcc: &Path, root: &Path, archive: &Path, target: &str, architectures: &[&str]) -> Result<(), String> {
+    let ptx = file(archive, "ptx", target);
+    run(Command::new(nvcc)
+        .args(["--ptx", "-std=c++17", "-O3", "--Werror", "all-warnings"])
+        .args(["-Xcompiler", "-Wall,-Wextra,-Werror"])
+        .arg(format!("-arch=compute_{target}"))
+        .arg("-o")
+        .arg(&ptx)
+        .arg(root.join("kernels/kernels.cu")))?;
+    for arch in architectures {
+        let log = run(Command::new(beside(nvcc, "ptxas"))
+            .args(["-v", "-O3", "--warning-as-error"])
+            .arg(format!("-arch=sm_{arch}"))
+            .arg("-o")
+            .arg(file(archive, "cubin", arch))
+            .arg(&ptx))?;
+        let path = archive.join(format!("ptxas-sm_{arch}.log"));
+        fs::write(&path, log).map_err(|error| format!("{}: {error}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn file(archive: &Path, kind: &str, arch: &str) -> PathBuf {
+    archive.join(format!("kernels.sm_{arch}.{kind}"))
+}
+
+/// A tool of the same toolkit. nvcc itself may be a link into it.
+fn beside(nvcc: &Path, tool: &str) -> PathBuf {
+    let here = nvcc.with_file_name(tool);
+    match fs::canonicalize(nvcc) {
+        Ok(real) if !here.is_file() => real.with_file_name(tool),
+        _ => here,
+    }
+}
+
+/// Runs to the end; what it printed is the error's text, or the answer.
+fn run(command: &mut Command) -> Result<String, String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command.output().map_err(|error| format!("{name}: {error}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    if output.status.success() { Ok(text) } else { Err(format!("{name}: {}: {text}", output.status)) }
+}

@@ -1,0 +1,103 @@
+/* What the host and the kernels must agree on: the launch argument, the header of a window, the control
+ * record, the memory layout's constants. Plain C: nvcc, the CPU executor and bindgen read this very file. */
+#ifndef TWOSHOT_ARGS_H
+#define TWOSHOT_ARGS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* A window is one allocation: [header][stage 0][stage 1][stage 2]. */
+#define TWOSHOT_LINE_BYTES 16      /* the unit of every transfer and poll */
+#define TWOSHOT_SLOT_LINES 8       /* slots and shards start on multiples of this many lines */
+#define TWOSHOT_HEADER_BYTES 4096
+#define TWOSHOT_STAGES 3
+#define TWOSHOT_STAGE_ALIGN 128    /* stage_bytes is a multiple of it */
+#define TWOSHOT_MAX_BLOCKS 256     /* one epoch replica per block */
+#define TWOSHOT_MAX_THREADS 512
+
+#define TWOSHOT_SENTINEL 0xFFFAFFFAu    /* a word that no publisher ever stores */
+#define TWOSHOT_REPLACEMENT 0xFFFAFFFBu /* what it stores instead: NaN again, in all three types */
+
+#define TWOSHOT_SPINS_PER_CHECK 1024 /* failed polls between two looks at the control record */
+
+/* TwoshotControl.fault */
+#define TWOSHOT_FAULT_NONE 0
+#define TWOSHOT_FAULT_ABORTED 1
+#define TWOSHOT_FAULT_DEADLINE 2
+#define TWOSHOT_FAULT_OVERLAP 3
+
+/* TwoshotControl.kernel and TwoshotControl.phase */
+#define TWOSHOT_KERNEL_ONESHOT 1
+#define TWOSHOT_KERNEL_TWOSHOT 2
+#define TWOSHOT_PHASE_SCATTER 1
+#define TWOSHOT_PHASE_BROADCAST 2
+
+/* The only kernel parameter, passed by value. */
+typedef struct TwoshotArgs {
+  uint64_t in;            /* device address, element aligned */
+  uint64_t out;           /* device address, element aligned; may equal in */
+  uint64_t count;         /* elements; the same on every rank */
+  uint64_t windows;       /* rank r's window is at windows + r * window_stride */
+  uint64_t window_stride;
+  uint64_t multicast;     /* the multicast window, or 0; only ever written, only by multimem.st */
+  uint64_t control;       /* device address of this rank's TwoshotControl */
+  uint64_t stage_bytes;
+  uint64_t timeout_ns;    /* 0: no deadline */
+  uint32_t rank;
+  uint32_t ranks;
+} TwoshotArgs;
+
+/* At the start of the own window; nobody else touches it. */
+typedef struct TwoshotState {
+  uint32_t epoch[TWOSHOT_MAX_BLOCKS]; /* launches so far, one copy per block */
+  uint32_t ticket;                    /* twice the launches so far, odd while one runs: detects overlap */
+  uint32_t fault_claim;               /* 1 once a thread has claimed the fault record */
+} TwoshotState;
+
+/* Host memory that the device can reach. The host writes abort, the device all the rest. */
+typedef struct TwoshotControl {
+  uint32_t abort;  /* not 0: leave */
+  uint32_t fault;  /* TWOSHOT_FAULT_*, written last */
+  uint32_t epoch;
+  uint32_t kernel; /* TWOSHOT_KERNEL_* */
+  uint32_t peer;   /* the first rank whose line is missing */
+  uint32_t phase;  /* TWOSHOT_PHASE_*; a one-shot kernel has only the first */
+  uint64_t line;   /* the missing line's index in its slot */
+  uint64_t count;  /* elements of that call */
+} TwoshotControl;
+
+#ifdef __cplusplus
+#define TWOSHOT_ASSERT(condition) static_assert(condition, #condition)
+#else
+#define TWOSHOT_ASSERT(condition) _Static_assert(condition, #condition)
+#endif
+
+TWOSHOT_ASSERT(sizeof(TwoshotArgs) == 80);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, in) == 0);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, out) == 8);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, count) == 16);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, windows) == 24);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, window_stride) == 32);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, multicast) == 40);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, control) == 48);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, stage_bytes) == 56);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, timeout_ns) == 64);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, rank) == 72);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, ranks) == 76);
+
+TWOSHOT_ASSERT(sizeof(TwoshotState) == 4 * TWOSHOT_MAX_BLOCKS + 8);
+TWOSHOT_ASSERT(sizeof(TwoshotState) <= TWOSHOT_HEADER_BYTES);
+TWOSHOT_ASSERT(offsetof(TwoshotState, ticket) == 4 * TWOSHOT_MAX_BLOCKS);
+TWOSHOT_ASSERT(offsetof(TwoshotState, fault_claim) == 4 * TWOSHOT_MAX_BLOCKS + 4);
+
+TWOSHOT_ASSERT(sizeof(TwoshotControl) == 40);
+TWOSHOT_ASSERT(offsetof(TwoshotControl, abort) == 0);
+TWOSHOT_ASSERT(offsetof(TwoshotControl, fault) == 4);
+TWOSHOT_ASSERT(offsetof(TwoshotControl, epoch) == 8);
+TWOSHOT_ASSERT(offsetof(TwoshotControl, kernel) == 12);
+TWOSHOT_ASSERT(offsetof(TwoshotControl, peer) == 16);
+TWOSHOT_ASSERT(offsetof(TwoshotControl, phase) == 20);
+TWOSHOT_ASSERT(offsetof(TwoshotControl, line) == 24);
+TWOSHOT_ASSERT(offsetof(TwoshotControl, count) == 32);
+
+#endif

@@ -1,0 +1,30 @@
+// Every kernel that the library can launch, and nothing else: twoshot_{shape}_{type}_{ranks}_{uc|mc}.
+// ranks: 2, 4 and 8 are compiled for that number, n takes any. uc pushes to each peer, mc to the multicast window.
+#include "oneshot.cuh"
+#include "twoshot.cuh"
+
+// X(shape, type, ranks' name, ranks or 0, door, multicast)
+#define TWOSHOT_DOORS(X, shape, type, name, ranks) \
+  X(shape, type, name, ranks, uc, false)           \
+  X(shape, type, name, ranks, mc, true)
+#define TWOSHOT_RANKS(X, shape, type) \
+  TWOSHOT_DOORS(X, shape, type, 2, 2) \
+  TWOSHOT_DOORS(X, shape, type, 4, 4) \
+  TWOSHOT_DOORS(X, shape, type, 8, 8) \
+  TWOSHOT_DOORS(X, shape, type, n, 0)
+#define TWOSHOT_TYPES(X, shape) \
+  TWOSHOT_RANKS(X, shape, f32)  \
+  TWOSHOT_RANKS(X, shape, f16)  \
+  TWOSHOT_RANKS(X, shape, bf16)
+#define TWOSHOT_KERNELS(X)  \
+  TWOSHOT_TYPES(X, oneshot) \
+  TWOSHOT_TYPES(X, twoshot)
+
+// One block per multiprocessor is enough; not told so, ptxas would rather spill than exceed 64 registers.
+#define TWOSHOT_DEFINE(shape, type, name, ranks, door, multicast)                             \
+  extern "C" __global__ void __launch_bounds__(TWOSHOT_MAX_THREADS, 1)                        \
+      twoshot_##shape##_##type##_##name##_##door(const __grid_constant__ TwoshotArgs args) { \
+    twoshot::shape<twoshot::type, ranks, multicast>(args);                                    \
+  }
+
+TWOSHOT_KERNELS(TWOSHOT_DEFINE)

@@ -1,0 +1,179 @@
+// All inline PTX of the project, and nothing else. Names: op_semantics_scope_width. What touches memory is volatile
+// and clobbers "memory", so the compiler keeps its order; `_if` forms are predicated, so they never branch.
+// tests/sim/exec/host_ptx.h gives the same names a meaning on the CPU.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef TWOSHOT_HOST
+#include "host_ptx.h"
+#else
+
+#define TWOSHOT_DEVICE __device__ __forceinline__
+#define TWOSHOT_PRAGMA(text) _Pragma(#text)
+#define TWOSHOT_UNROLL TWOSHOT_PRAGMA(unroll)
+#define TWOSHOT_UNROLL_BY(factor) TWOSHOT_PRAGMA(unroll factor)
+
+namespace twoshot {
+
+// The unit of transfer. A 16-byte store may become visible word by word.
+struct alignas(16) Line {
+  uint32_t word[4];
+};
+
+// ---- kernel boundary ------------------------------------------------------------------------------------------
+
+TWOSHOT_DEVICE void griddepcontrol_launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+TWOSHOT_DEVICE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// ---- the caller's buffers: ordinary accesses ------------------------------------------------------------------
+
+TWOSHOT_DEVICE void ld_weak_v4_if(Line& line, uint64_t address, bool wanted) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %5, 0;\n\t"
+      "@p ld.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(line.word[0]), "+r"(line.word[1]), "+r"(line.word[2]), "+r"(line.word[3])
+      : "l"(address), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+}
+
+TWOSHOT_DEVICE void st_weak_v4_if(uint64_t address, const Line& line, bool wanted) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %5, 0;\n\t"
+      "@p st.global.v4.b32 [%0], {%1, %2, %3, %4}; }" ::"l"(address),
+      "r"(line.word[0]), "r"(line.word[1]), "r"(line.word[2]), "r"(line.word[3]), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+}
+
+TWOSHOT_DEVICE uint32_t ld_weak_b32(uint64_t address) {
+  uint32_t value;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+TWOSHOT_DEVICE uint32_t ld_weak_b16(uint64_t address) {
+  uint16_t value;
+  asm volatile("ld.global.b16 %0, [%1];" : "=h"(value) : "l"(address) : "memory");
+  return value;
+}
+
+TWOSHOT_DEVICE void st_weak_b32(uint64_t address, uint32_t value) {
+  asm volatile("st.global.b32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+TWOSHOT_DEVICE void st_weak_b16(uint64_t address, uint32_t value) {
+  asm volatile("st.global.b16 [%0], %1;" ::"l"(address), "h"(static_cast<uint16_t>(value)) : "memory");
+}
+
+// ---- windows: every access is relaxed at system scope ----------------------------------------------------------
+
+TWOSHOT_DEVICE void ld_relaxed_sys_v4_if(Line& line, uint64_t address, bool wanted) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %5, 0;\n\t"
+      "@p ld.relaxed.sys.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(line.word[0]), "+r"(line.word[1]), "+r"(line.word[2]), "+r"(line.word[3])
+      : "l"(address), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+}
+
+TWOSHOT_DEVICE void st_relaxed_sys_v4_if(uint64_t address, const Line& line, bool wanted) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %5, 0;\n\t"
+      "@p st.relaxed.sys.global.v4.b32 [%0], {%1, %2, %3, %4}; }" ::"l"(address),
+      "r"(line.word[0]), "r"(line.word[1]), "r"(line.word[2]), "r"(line.word[3]), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+}
+
+TWOSHOT_DEVICE uint32_t ld_relaxed_sys_u32(uint64_t address) {
+  uint32_t value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+TWOSHOT_DEVICE void st_relaxed_sys_u32(uint64_t address, uint32_t value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+TWOSHOT_DEVICE void st_relaxed_sys_u64(uint64_t address, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+// The only instruction that a multicast address may reach. The type is nominal: the words travel as they are.
+TWOSHOT_DEVICE void multimem_st_relaxed_sys_v4_if(uint64_t address, const Line& line, bool wanted) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %5, 0;\n\t"
+      "@p multimem.st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4}; }" ::"l"(address),
+      "r"(line.word[0]), "r"(line.word[1]), "r"(line.word[2]), "r"(line.word[3]), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+}
+
+// ---- own header: bookkeeping that carries no data, hence relaxed (the marks are read by tests/ptx_lint.rs) --------
+
+// An exchange, not an addition: ptxas surrounds an addition with a warp-wide vote and waits for the answer there.
+TWOSHOT_DEVICE uint32_t atom_relaxed_gpu_exchange_ticket(uint64_t address, uint32_t ticket) {
+  uint32_t old;
+  asm volatile("atom.relaxed.gpu.global.exch.b32 %0, [%1], %2; // not-an-arrival: overlap ticket"
+               : "=r"(old)
+               : "l"(address), "r"(ticket)
+               : "memory");
+  return old;
+}
+
+TWOSHOT_DEVICE uint32_t atom_relaxed_gpu_claim_fault(uint64_t address) {
+  uint32_t old;
+  asm volatile("atom.relaxed.gpu.global.cas.b32 %0, [%1], 0, 1; // not-an-arrival: fault claim"
+               : "=r"(old)
+               : "l"(address)
+               : "memory");
+  return old;
+}
+
+TWOSHOT_DEVICE void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+TWOSHOT_DEVICE uint64_t mov_globaltimer_u64() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+  return now;
+}
+
+// Between two failed polls. Polls of one thread are spaced by their own latency; only the CPU has to give way.
+TWOSHOT_DEVICE void spin_pause() {}
+
+// ---- arithmetic: registers only, so neither volatile nor a clobber ------------------------------------------------
+
+TWOSHOT_DEVICE float mov_b32_f32(uint32_t bits) { return __uint_as_float(bits); }
+
+TWOSHOT_DEVICE uint32_t mov_f32_b32(float value) { return __float_as_uint(value); }
+
+// Subnormals are kept, a NaN result is 0x7FFFFFFF.
+TWOSHOT_DEVICE float add_rn_f32(float a, float b) {
+  float sum;
+  asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
+  return sum;
+}
+
+TWOSHOT_DEVICE void cvt_f16x2_f32(uint32_t pair, float& low, float& high) {
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+      : "=f"(low), "=f"(high)
+      : "r"(pair));
+}
+
+// To nearest even; a NaN becomes 0x7FFF.
+TWOSHOT_DEVICE uint32_t cvt_rn_f16x2_f32(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+TWOSHOT_DEVICE uint32_t cvt_rn_bf16x2_f32(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+}  // namespace twoshot
+
+#endif

@@ -1,0 +1,163 @@
+// Element types: how a line becomes f32 values and how f32 values become a line. Payload: the caller's buffer as
+// lines. Sums are f32 in rank order and rounded once, to nearest even. Knows nothing of windows and epochs.
+#pragma once
+
+#include "args.h"
+#include "ptx.cuh"
+
+namespace twoshot {
+
+struct f32 {
+  static constexpr uint32_t kBytes = 4;
+  static constexpr int kPerWord = 1;
+  static TWOSHOT_DEVICE void unpack(uint32_t word, float* values) { values[0] = mov_b32_f32(word); }
+  static TWOSHOT_DEVICE uint32_t pack(const float* values) { return mov_f32_b32(values[0]); }
+};
+
+struct f16 {
+  static constexpr uint32_t kBytes = 2;
+  static constexpr int kPerWord = 2;
+  static TWOSHOT_DEVICE void unpack(uint32_t word, float* values) { cvt_f16x2_f32(word, values[0], values[1]); }
+  static TWOSHOT_DEVICE uint32_t pack(const float* values) { return cvt_rn_f16x2_f32(values[0], values[1]); }
+};
+
+struct bf16 {
+  static constexpr uint32_t kBytes = 2;
+  static constexpr int kPerWord = 2;
+  static TWOSHOT_DEVICE void unpack(uint32_t word, float* values) {
+    values[0] = mov_b32_f32(word << 16);
+    values[1] = mov_b32_f32(word & 0xFFFF0000u);
+  }
+  static TWOSHOT_DEVICE uint32_t pack(const float* values) { return cvt_rn_bf16x2_f32(values[0], values[1]); }
+};
+
+// One line's running sum.
+template <typename T>
+struct Sum {
+  static constexpr int kElements = 4 * T::kPerWord;
+  float value[kElements];
+
+  // -0.0 is the identity of addition: -0.0 + x has x's bits, -0.0 and subnormals included (a NaN ends canonical
+  // anyhow). So a sum that starts here and one that starts with the first rank's value are the same sum.
+  TWOSHOT_DEVICE void clear() {
+TWOSHOT_UNROLL
+    for (int e = 0; e < kElements; e++) value[e] = -0.0f;
+  }
+
+  TWOSHOT_DEVICE void start(const Line& line) {
+TWOSHOT_UNROLL
+    for (int w = 0; w < 4; w++) T::unpack(line.word[w], value + w * T::kPerWord);
+  }
+
+  TWOSHOT_DEVICE void add(const Line& line) {
+TWOSHOT_UNROLL
+    for (int w = 0; w < 4; w++) {
+      float term[T::kPerWord];
+      T::unpack(line.word[w], term);
+TWOSHOT_UNROLL
+      for (int e = 0; e < T::kPerWord; e++) {
+        value[w * T::kPerWord + e] = add_rn_f32(value[w * T::kPerWord + e], term[e]);
+      }
+    }
+  }
+
+  TWOSHOT_DEVICE Line round() const {
+    Line line;
+TWOSHOT_UNROLL
+    for (int w = 0; w < 4; w++) line.word[w] = T::pack(value + w * T::kPerWord);
+    return line;
+  }
+};
+
+// The caller's two buffers, seen as lines. ALIGNED: both start on 16 bytes, so a full line is one access. The last
+// line may be partial: it is read element by element and padded with zero bits, and written element by element.
+template <typename T, bool ALIGNED>
+struct Payload {
+  static constexpr uint32_t kPerLine = TWOSHOT_LINE_BYTES / T::kBytes;
+  static constexpr uint32_t kNone = 0xFFFFFFFFu;
+
+  uint64_t in, out, count;
+  uint32_t lines;    // partial one included
+  uint32_t partial;  // its index, or kNone
+
+  explicit TWOSHOT_DEVICE Payload(const TwoshotArgs& args)
+      : in(args.in),
+        out(args.out),
+        count(args.count),
+        lines(static_cast<uint32_t>((args.count + kPerLine - 1) / kPerLine)),
+        partial(args.count % kPerLine != 0 ? lines - 1 : kNone) {}
+
+  // True for lines that load_full and store_full take.
+  TWOSHOT_DEVICE bool full(uint32_t line) const { return ALIGNED && line < lines && line != partial; }
+
+  TWOSHOT_DEVICE void load_full_if(Line& line, uint32_t index, bool wanted) const {
+    ld_weak_v4_if(line, in + uint64_t{index} * TWOSHOT_LINE_BYTES, wanted);
+  }
+
+  TWOSHOT_DEVICE void store_full_if(uint32_t index, const Line& line, bool wanted) const {
+    st_weak_v4_if(out + uint64_t{index} * TWOSHOT_LINE_BYTES, line, wanted);
+  }
+
+  TWOSHOT_DEVICE Line load_elements(uint32_t index) const {
+    Line line = {};
+    const uint64_t first = uint64_t{index} * kPerLine;
+TWOSHOT_UNROLL
+    for (uint32_t e = 0; e < kPerLine; e++) {
+      if (first + e >= count) continue;
+      const uint64_t address = in + (first + e) * T::kBytes;
+      if (T::kBytes == 4) {
+        line.word[e] = ld_weak_b32(address);
+      } else {
+        line.word[e / 2] |= ld_weak_b16(address) << (16 * (e % 2));
+      }
+    }
+    return line;
+  }
+
+  TWOSHOT_DEVICE void store_elements(uint32_t index, const Line& line) const {
+    const uint64_t first = uint64_t{index} * kPerLine;
+TWOSHOT_UNROLL
+    for (uint32_t e = 0; e < kPerLine; e++) {
+      if (first + e >= count) continue;
+      const uint64_t address = out + (first + e) * T::kBytes;
+      if (T::kBytes == 4) {
+        st_weak_b32(address, line.word[e]);
+      } else {
+        st_weak_b16(address, line.word[e / 2] >> (16 * (e % 2)));
+      }
+    }
+  }
+
+  // Any line; zeros where there is none. In two steps for those who have more loads to issue in between: a full
+  // line's load is issued without a branch by the first, all else happens in the second.
+  TWOSHOT_DEVICE Line load(uint32_t index) const {
+    Line line = begin_load(index);
+    finish_load(line, index);
+    return line;
+  }
+
+  TWOSHOT_DEVICE Line begin_load(uint32_t index) const {
+    Line line = {};
+    if constexpr (ALIGNED) load_full_if(line, index, full(index));
+    return line;
+  }
+
+  TWOSHOT_DEVICE void finish_load(Line& line, uint32_t index) const {
+    if (ALIGNED ? index == partial : index < lines) line = load_elements(index);
+  }
+
+  TWOSHOT_DEVICE void store(uint32_t index, const Line& line) const {
+    if (full(index)) {
+      store_full_if(index, line, true);
+    } else {
+      store_elements(index, line);
+    }
+  }
+};
+
+// The one place that decides between the two; it concerns this rank alone.
+TWOSHOT_DEVICE bool payload_aligned(const TwoshotArgs& args) {
+  return (args.in | args.out) % TWOSHOT_LINE_BYTES == 0;
+}
+
+}  // namespace twoshot

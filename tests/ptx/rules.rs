@@ -1,0 +1,214 @@
+//! What the kernels' PTX must and must not contain. Each rule is one function; a finding names kernel, line and rule.
+
+use std::collections::HashMap;
+
+use crate::parse::{Instruction, Kernel, kernels};
+use crate::taint::{CONTROL, IN, MULTICAST, OUT, Origins, Taint, WINDOWS};
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Rule {
+    /// The analysis must be able to follow every parameter.
+    Followed,
+    /// multimem instructions take multicast addresses, nothing else does; `_uc` kernels have neither.
+    Multicast,
+    /// An atomic that others wait for must release. The two that nobody waits for are named by their marks.
+    Atomics,
+    /// No float compare (a NaN sentinel would never match), no flush of subnormals, no fused or inexact arithmetic.
+    Arithmetic,
+    /// Windows and control: relaxed at system scope. Payload: ordinary loads of `in`, ordinary stores to `out`.
+    Accesses,
+    /// The next launch may start at once; nothing is touched before the previous one has ended.
+    Boundary,
+    /// No stack, no spills.
+    Resources,
+}
+
+#[derive(Debug)]
+pub struct Finding {
+    pub rule: Rule,
+    pub text: String,
+}
+
+/// Everything that is wrong with a PTX file.
+pub fn lint(ptx: &str) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for kernel in kernels(ptx) {
+        let mut report = |rule, line, text: &str| {
+            findings.push(Finding { rule, text: format!("{} line {line}: {text}", kernel.name) });
+        };
+        let taint = match Taint::of(&kernel) {
+            Ok(taint) => taint,
+            Err(text) => {
+                report(Rule::Followed, 0, &text);
+                continue;
+            }
+        };
+        for instruction in &kernel.instructions {
+            let mut report = |rule, text: &str| report(rule, instruction.line, text);
+            multicast(&kernel, instruction, &taint, &mut report);
+            atomics(instruction, &taint, &mut report);
+            arithmetic(instruction, &mut report);
+            accesses(instruction, &taint, &mut report);
+        }
+        boundary(&kernel, &mut report);
+    }
+    findings
+}
+
+/// Everything that is wrong with a log of `ptxas -v`, which must speak of so many kernels.
+pub fn lint_resources(log: &str, expected: usize) -> Vec<Finding> {
+    let clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads";
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains("bytes stack frame")).collect();
+    let mut findings: Vec<_> = lines
+        .iter()
+        .filter(|line| line.trim() != clean)
+        .map(|line| Finding { rule: Rule::Resources, text: line.trim().into() })
+        .collect();
+    if lines.len() != expected {
+        let text = format!("{} kernels in the log, {expected} expected", lines.len());
+        findings.push(Finding { rule: Rule::Resources, text });
+    }
+    findings
+}
+
+fn origins_of_address(instruction: &Instruction, taint: &Taint) -> Option<Origins> {
+    let memory = ["ld", "st", "atom", "red", "multimem", "prefetch", "cp"].contains(&instruction.base());
+    (memory && !instruction.has("param")).then(|| instruction.address().map_or(0, |address| taint.operand(address)))
+}
+
+fn multicast(kernel: &Kernel, instruction: &Instruction, taint: &Taint, report: &mut dyn FnMut(Rule, &str)) {
+    let multimem = instruction.base() == "multimem";
+    if kernel.name.ends_with("_uc") {
+        let touched = instruction.operands.iter().any(|operand| taint.operand(operand) & MULTICAST != 0);
+        if multimem || touched {
+            report(Rule::Multicast, "a unicast kernel touches multicast");
+        }
+        return;
+    }
+    let Some(origins) = origins_of_address(instruction, taint) else { return };
+    if multimem && origins != MULTICAST {
+        report(Rule::Multicast, "multimem on an address that is not the multicast window's");
+    }
+    if !multimem && origins & MULTICAST != 0 {
+        report(Rule::Multicast, "an ordinary access to the multicast window");
+    }
+    let data = instruction.operands.iter().filter(|operand| !operand.starts_with('['));
+    if instruction.base() == "st" && data.fold(0, |all, operand| all | taint.operand(operand)) & MULTICAST != 0 {
+        report(Rule::Multicast, "the multicast address is stored where the lint cannot follow it");
+    }
+}
+
+fn atomics(instruction: &Instruction, taint: &Taint, report: &mut dyn FnMut(Rule, &str)) {
+    if !["atom", "red"].contains(&instruction.base()) {
+        return;
+    }
+    let named = match instruction.mark.as_deref() {
+        Some("overlap ticket") => instruction.opcode == "atom.relaxed.gpu.global.exch.b32",
+        Some("fault claim") => instruction.opcode == "atom.relaxed.gpu.global.cas.b32",
+        _ => false,
+    };
+    if !named && !instruction.has("release") && !instruction.has("acq_rel") {
+        report(Rule::Atomics, "an atomic that may be an arrival, without release");
+    }
+    if origins_of_address(instruction, taint) != Some(WINDOWS) {
+        report(Rule::Atomics, "an atomic outside the own window's header");
+    }
+}
+
+fn arithmetic(instruction: &Instruction, report: &mut dyn FnMut(Rule, &str)) {
+    let float = ["f16", "f16x2", "bf16", "bf16x2", "f32", "f64"].iter().any(|kind| instruction.has(kind));
+    match instruction.base() {
+        "setp" | "set" | "testp" | "slct" | "min" | "max" if float => report(Rule::Arithmetic, "a float compare"),
+        "testp" => report(Rule::Arithmetic, "a float compare"),
+        "mov" | "ld" | "st" | "multimem" | "selp" => {}
+        "add" if float && instruction.opcode != "add.rn.f32" => {
+            report(Rule::Arithmetic, "a sum that is not add.rn.f32")
+        }
+        "add" => {}
+        "cvt" if float => {
+            let exact = instruction.opcode == "cvt.f32.f16";
+            let rounded = ["cvt.rn.f16x2.f32", "cvt.rn.bf16x2.f32"].contains(&instruction.opcode.as_str());
+            if !exact && !rounded {
+                report(Rule::Arithmetic, "a conversion that the contract does not know");
+            }
+        }
+        _ if float => report(Rule::Arithmetic, "float arithmetic other than a sum"),
+        _ => {}
+    }
+    if instruction.has("ftz") {
+        report(Rule::Arithmetic, "subnormals are flushed");
+    }
+}
+
+fn accesses(instruction: &Instruction, taint: &Taint, report: &mut dyn FnMut(Rule, &str)) {
+    let Some(origins) = origins_of_address(instruction, taint) else { return };
+    let opcode = instruction.opcode.as_str();
+    let strong = |base: &str| opcode.starts_with(&format!("{base}.relaxed.sys.global."));
+    let ordinary =
+        |base: &str| [".b16", ".b32", ".v4.b32"].iter().any(|width| opcode == format!("{base}.global{width}"));
+    let allowed = match origins {
+        WINDOWS => strong("ld") || strong("st") || instruction.base() == "atom",
+        CONTROL => strong("ld") || strong("st"),
+        IN => ordinary("ld"),
+        OUT => ordinary("st"),
+        MULTICAST => instruction.base() == "multimem",
+        _ => false,
+    };
+    if !allowed {
+        report(Rule::Accesses, &format!("{opcode} to an address from {}", names(origins)));
+    }
+}
+
+fn boundary(kernel: &Kernel, report: &mut dyn FnMut(Rule, usize, &str)) {
+    let memory = |instruction: &Instruction| {
+        ["ld", "st", "atom", "red", "multimem"].contains(&instruction.base()) && !instruction.has("param")
+    };
+    let trigger = kernel.instructions.iter().position(|found| found.opcode == "griddepcontrol.launch_dependents");
+    let first = kernel.instructions.iter().position(|found| memory(found) || found.base() == "bra");
+    if trigger.is_none() || trigger > first {
+        report(Rule::Boundary, 0, "launch_dependents must begin the kernel");
+    }
+    // On every path, not only in the order of the text: whether the wait lies behind is carried along the branches.
+    // None: not reached. Where paths meet, the one without the wait counts.
+    type Waited = Option<bool>;
+    let meet = |a: Waited, b: Waited| a.into_iter().chain(b).min();
+    let mut at_label: HashMap<&str, Waited> = HashMap::new();
+    let mut early = Vec::new();
+    loop {
+        let before = at_label.clone();
+        let mut waited = Some(false);
+        early.clear();
+        for instruction in &kernel.instructions {
+            match instruction.opcode.as_str() {
+                label if label.starts_with('$') => {
+                    let here = at_label.entry(label).or_default();
+                    *here = meet(*here, waited);
+                    waited = *here;
+                }
+                "griddepcontrol.wait" => waited = waited.map(|_| true),
+                "ret" | "exit" if !instruction.predicated => waited = None,
+                _ if instruction.base() == "bra" => {
+                    let there = at_label.entry(instruction.operands[0].as_str()).or_default();
+                    *there = meet(*there, waited);
+                    if !instruction.predicated {
+                        waited = None;
+                    }
+                }
+                _ if memory(instruction) && waited == Some(false) => early.push(instruction.line),
+                _ => {}
+            }
+        }
+        if before == at_label {
+            break;
+        }
+    }
+    for line in early {
+        report(Rule::Boundary, line, "memory is touched before griddepcontrol.wait");
+    }
+}
+
+fn names(origins: Origins) -> String {
+    let table = [(IN, "in"), (OUT, "out"), (WINDOWS, "windows"), (MULTICAST, "multicast"), (CONTROL, "control")];
+    let found: Vec<_> = table.iter().filter(|(bit, _)| origins & bit != 0).map(|(_, name)| *name).collect();
+    if found.is_empty() { "no parameter".into() } else { found.join(" and ") }
+}
