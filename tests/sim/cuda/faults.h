@@ -1,0 +1,15 @@
+// Fault rules of TWOSHOT_SIM_FAULTS: `;`-separated
+//   [rank=R,]call=NAME,nth=K,<code=N | block | delay=MS | kill>[,sticky]
+// NAME is an exported entry, with or without its version suffix; nth=0 means
+// every use, K the K-th use by this process. `sticky` makes every later call of
+// this process return the same code, as a poisoned context does.
+#pragma once
+
+namespace twoshot::sim::faults {
+
+bool any();                          // false: no rule can match in this process
+int apply(const char* name);         // blocks, delays, kills, or returns a code; 0: go on
+int sticky();                        // the code that poisons this process, or 0
+bool watches(const char* name);      // some rule names this entry
+
+}  // namespace twoshot::sim::faults

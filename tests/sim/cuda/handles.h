@@ -1,0 +1,44 @@
+// Handle values that are never used twice, so that a stale or foreign handle is
+// refused instead of followed.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+
+namespace twoshot::sim {
+
+template <class Handle, class Object>
+class Handles {
+public:
+    explicit Handles(uint64_t kind) : next_((kind << 32) + 16) {}
+
+    Handle add(std::shared_ptr<Object> object) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        auto handle = reinterpret_cast<Handle>(next_);
+        next_ += 16;
+        table_[handle] = std::move(object);
+        return handle;
+    }
+    std::shared_ptr<Object> find(Handle handle) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        auto at = table_.find(handle);
+        return at == table_.end() ? nullptr : at->second;
+    }
+    std::shared_ptr<Object> remove(Handle handle) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        auto at = table_.find(handle);
+        if (at == table_.end()) return nullptr;
+        auto object = std::move(at->second);
+        table_.erase(at);
+        return object;
+    }
+
+private:
+    std::mutex mutex_;
+    uint64_t next_;
+    std::map<Handle, std::shared_ptr<Object>> table_;
+};
+
+}  // namespace twoshot::sim

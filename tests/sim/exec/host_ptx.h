@@ -1,0 +1,169 @@
+// kernels/ptx.cuh for the CPU: the same names, the same results bit for bit. Memory is read and written word by word,
+// as relaxed atomics, so that a 16-byte store really lands in parts; every access may be where a thread is preempted.
+#pragma once
+
+#include <time.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "exec.h"
+
+namespace twoshot::sim {
+
+struct Dim {
+  unsigned x;
+};
+
+// Where the running fiber is in its grid.
+struct Place {
+  Dim grid, block, block_index, thread_index;
+};
+
+const Place& here();
+void barrier();            // __syncthreads
+void pause();              // after a failed poll: let the others run
+void progressed();         // this thread wrote something
+bool preempt();            // maybe run others first; true: and tear this store
+unsigned tear_order();     // for preempt() == true, a number that permutes four words
+uint32_t half_of(float value);
+float float_of_half(uint32_t half);
+
+}  // namespace twoshot::sim
+
+// What nvcc provides.
+#define __global__ __attribute__((visibility("hidden")))
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define blockIdx (::twoshot::sim::here().block_index)
+#define threadIdx (::twoshot::sim::here().thread_index)
+#define blockDim (::twoshot::sim::here().block)
+#define gridDim (::twoshot::sim::here().grid)
+#define __syncthreads ::twoshot::sim::barrier
+#define TWOSHOT_DEVICE inline
+#define TWOSHOT_UNROLL
+#define TWOSHOT_UNROLL_BY(factor)
+
+namespace twoshot {
+
+struct alignas(16) Line {
+  uint32_t word[4];
+};
+
+template <typename T>
+inline T* host_pointer(uint64_t address) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+inline uint32_t host_load(uint64_t address) { return __atomic_load_n(host_pointer<uint32_t>(address), __ATOMIC_RELAXED); }
+
+inline void host_store(uint64_t address, uint32_t value) {
+  __atomic_store_n(host_pointer<uint32_t>(address), value, __ATOMIC_RELAXED);
+}
+
+inline void griddepcontrol_launch_dependents() {}
+inline void griddepcontrol_wait() {}
+
+inline void ld_relaxed_sys_v4_if(Line& line, uint64_t address, bool wanted) {
+  if (!wanted) return;
+  for (unsigned w = 0; w < 4; w++) line.word[w] = host_load(address + 4 * w);
+}
+
+inline void st_relaxed_sys_v4_if(uint64_t address, const Line& line, bool wanted) {
+  if (!wanted) return;
+  sim::progressed();
+  if (!sim::preempt()) {
+    for (unsigned w = 0; w < 4; w++) host_store(address + 4 * w, line.word[w]);
+    return;
+  }
+  // Torn: in another order, with other threads running in between.
+  const unsigned order = sim::tear_order();
+  for (unsigned i = 0; i < 4; i++) {
+    const unsigned w = (i ^ order) & 3;
+    host_store(address + 4 * w, line.word[w]);
+    sim::preempt();
+  }
+}
+
+inline void ld_weak_v4_if(Line& line, uint64_t address, bool wanted) { ld_relaxed_sys_v4_if(line, address, wanted); }
+inline void st_weak_v4_if(uint64_t address, const Line& line, bool wanted) { st_relaxed_sys_v4_if(address, line, wanted); }
+
+inline uint32_t ld_weak_b32(uint64_t address) { return *host_pointer<uint32_t>(address); }
+inline uint32_t ld_weak_b16(uint64_t address) { return *host_pointer<uint16_t>(address); }
+inline void st_weak_b32(uint64_t address, uint32_t value) { *host_pointer<uint32_t>(address) = value; }
+inline void st_weak_b16(uint64_t address, uint32_t value) {
+  *host_pointer<uint16_t>(address) = static_cast<uint16_t>(value);
+}
+
+inline uint32_t ld_relaxed_sys_u32(uint64_t address) { return host_load(address); }
+
+inline void st_relaxed_sys_u32(uint64_t address, uint32_t value) {
+  sim::progressed();
+  host_store(address, value);
+}
+
+inline void st_relaxed_sys_u64(uint64_t address, uint64_t value) {
+  __atomic_store_n(host_pointer<uint64_t>(address), value, __ATOMIC_RELAXED);
+}
+
+inline void multimem_st_relaxed_sys_v4_if(uint64_t address, const Line& line, bool wanted) {
+  if (!wanted) return;
+  sim::progressed();
+  sim::preempt();
+  twoshot_sim_multimem_store(address, line.word);
+}
+
+inline uint32_t atom_relaxed_gpu_exchange_ticket(uint64_t address, uint32_t ticket) {
+  return __atomic_exchange_n(host_pointer<uint32_t>(address), ticket, __ATOMIC_RELAXED);
+}
+
+inline uint32_t atom_relaxed_gpu_claim_fault(uint64_t address) {
+  uint32_t old = 0;
+  __atomic_compare_exchange_n(host_pointer<uint32_t>(address), &old, 1u, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return old;
+}
+
+inline void fence_acq_rel_sys() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
+
+inline uint64_t mov_globaltimer_u64() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<uint64_t>(now.tv_sec) * 1000000000u + static_cast<uint64_t>(now.tv_nsec);
+}
+
+inline void spin_pause() { sim::pause(); }
+
+inline float mov_b32_f32(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t mov_f32_b32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// The GPU's one NaN instead of the CPU's propagated payload.
+inline float add_rn_f32(float a, float b) {
+  const float sum = a + b;
+  return sum != sum ? mov_b32_f32(0x7FFFFFFFu) : sum;
+}
+
+inline void cvt_f16x2_f32(uint32_t pair, float& low, float& high) {
+  low = sim::float_of_half(pair & 0xFFFF);
+  high = sim::float_of_half(pair >> 16);
+}
+
+inline uint32_t cvt_rn_f16x2_f32(float low, float high) { return sim::half_of(low) | sim::half_of(high) << 16; }
+
+inline uint32_t host_bf16(float value) {
+  const uint32_t bits = mov_f32_b32(value);
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FFF;
+  return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;  // to nearest even; carries into the exponent, up to infinity
+}
+
+inline uint32_t cvt_rn_bf16x2_f32(float low, float high) { return host_bf16(low) | host_bf16(high) << 16; }
+
+}  // namespace twoshot

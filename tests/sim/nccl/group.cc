@@ -1,0 +1,228 @@
+// See group.h. Launches host functions on the caller's streams; uses nothing else of the driver but the capture state
+// of a stream and the current context, which threads of a group inherit.
+#include "group.h"
+
+#include <chrono>
+#include <system_error>
+#include <thread>
+
+#include "collnet.h"
+#include "debug.h"
+
+namespace simnccl {
+namespace {
+
+struct InitJob {
+  CommPtr comm;
+  ncclComm_t* owner;
+  std::function<ncclResult_t()> job;
+  bool absent;
+};
+
+// The operations of one communicator on one stream: one host function.
+struct Batch {
+  CommPtr comm;
+  cudaStream_t stream;
+  std::vector<Op> ops;
+  bool captured = false;
+  uint64_t ticket = 0;
+};
+
+struct Group {
+  int depth = 0;
+  ncclResult_t error = ncclSuccess;
+  std::vector<InitJob> inits;
+  std::vector<std::unique_ptr<Batch>> batches;
+};
+
+thread_local Group group;
+
+void retire(Comm& comm) {
+  std::lock_guard<std::mutex> guard(comm.order_lock);
+  ++comm.executed;
+  comm.order_changed.notify_all();
+}
+
+bool usable(const Comm& comm) { return !comm.stop && !comm.revoked && comm.state == ncclSuccess; }
+
+void run_ops(Batch& batch) {
+  Comm& comm = *batch.comm;
+  // Sends only hand data over, so they go first: a receive of the same group may wait for the peer's.
+  for (const Op& op : batch.ops) {
+    if (op.call == Call::kSend && usable(comm)) fail(comm, execute(comm, op));
+  }
+  if (!batch.captured) {
+    std::unique_lock<std::mutex> guard(comm.order_lock);
+    comm.order_changed.wait(guard, [&] { return comm.executed == batch.ticket; });
+  }
+  for (const Op& op : batch.ops) {
+    if (op.call == Call::kSend) continue;
+    std::lock_guard<std::mutex> guard(comm.exec);
+    if (usable(comm)) fail(comm, execute(comm, op));
+  }
+}
+
+void host_function(void* data) {
+  auto* batch = static_cast<Batch*>(data);
+  run_ops(*batch);
+  if (batch->captured) return;  // belongs to a graph, which may run it again
+  retire(*batch->comm);
+  delete batch;
+}
+
+ncclResult_t launch(std::unique_ptr<Batch> batch) {
+  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+  if (cuStreamIsCapturing(batch->stream, &status) != CUDA_SUCCESS) return ncclUnhandledCudaError;
+  batch->captured = status == CU_STREAM_CAPTURE_STATUS_ACTIVE;
+  Comm& comm = *batch->comm;
+  CommPtr keep = batch->comm;
+  cudaStream_t stream = batch->stream;
+  for (Op& op : batch->ops) {
+    if (op.call == Call::kAllReduce) op.collnet = collnet_takes(comm, op.type, op.op, op.count);
+  }
+  if (batch->captured) {
+    // The graph's life is the caller's business; what its nodes point to lives as long as the process.
+    Batch* kept = batch.release();
+    return cuLaunchHostFunc(stream, host_function, kept) == CUDA_SUCCESS ? ncclSuccess : ncclUnhandledCudaError;
+  }
+  {
+    std::lock_guard<std::mutex> guard(comm.order_lock);
+    batch->ticket = comm.issued++;
+  }
+  Batch* raw = batch.release();
+  if (cuLaunchHostFunc(stream, host_function, raw) == CUDA_SUCCESS) return ncclSuccess;
+  // The ticket must still be called in its turn.
+  raw->ops.clear();
+  run_ops(*raw);
+  retire(comm);
+  delete raw;
+  return ncclUnhandledCudaError;
+}
+
+ncclResult_t run_init(const InitJob& init) {
+  ncclResult_t status = init.job();
+  Comm& comm = *init.comm;
+  if (!comm.blocking && status == ncclSuccess) {
+    const char* hold = getenv("SIM_NCCL_INPROGRESS_MS");
+    bool forever = hold && std::string(hold) == "forever";
+    auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(env_number("SIM_NCCL_INPROGRESS_MS", 0));
+    while (!comm.stop && (forever || std::chrono::steady_clock::now() < until)) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    }
+  }
+  comm.state = status;
+  if (status != ncclSuccess && comm.blocking && init.owner) {
+    forget_comm(comm.handle());
+    *init.owner = nullptr;
+  }
+  return status;
+}
+
+// A thread of its own, with the caller's context.
+std::thread spawn(std::function<void()> body) {
+  CUcontext context = nullptr;
+  cuCtxGetCurrent(&context);
+  return std::thread([context, body = std::move(body)] {
+    if (context) cuCtxSetCurrent(context);
+    body();
+  });
+}
+
+ncclResult_t run_inits(std::vector<InitJob>& inits, bool* in_progress) {
+  std::vector<std::thread> threads;
+  std::vector<ncclResult_t> results(inits.size(), ncclSuccess);
+  for (size_t i = 0; i < inits.size(); ++i) {
+    if (!inits[i].comm->blocking) {
+      *in_progress = true;
+      InitJob job = inits[i];
+      spawn([job] { run_init(job); }).detach();
+    } else if (inits.size() == 1) {
+      results[i] = run_init(inits[i]);
+    } else {
+      threads.push_back(spawn([&inits, &results, i] { results[i] = run_init(inits[i]); }));
+    }
+  }
+  for (auto& thread : threads) thread.join();
+  for (auto& init : inits) {
+    // No color: the rank took part and has no communicator.
+    if (init.absent && init.comm->blocking) forget_comm(init.comm->handle());
+  }
+  for (ncclResult_t result : results) {
+    if (result != ncclSuccess) return result;
+  }
+  return ncclSuccess;
+}
+
+ncclResult_t finish(bool run) {
+  std::vector<InitJob> inits = std::move(group.inits);
+  std::vector<std::unique_ptr<Batch>> batches = std::move(group.batches);
+  ncclResult_t error = group.error;
+  group = Group();
+  if (error != ncclSuccess || !run) {
+    for (auto& init : inits) {
+      forget_comm(init.comm->handle());
+      if (init.owner) *init.owner = nullptr;
+    }
+    return error;
+  }
+  bool in_progress = false;
+  error = run_inits(inits, &in_progress);
+  for (auto& batch : batches) {
+    if (error != ncclSuccess) break;
+    if (!batch->comm->blocking) in_progress = true;
+    error = launch(std::move(batch));
+  }
+  if (error != ncclSuccess) return error;
+  return in_progress ? ncclInProgress : ncclSuccess;
+}
+
+}  // namespace
+
+ncclResult_t group_start() {
+  ++group.depth;
+  return ncclSuccess;
+}
+
+ncclResult_t group_end() {
+  if (group.depth == 0) {
+    SIM_WARN("ncclGroupEnd: not in a group call.");
+    return ncclInvalidUsage;
+  }
+  if (--group.depth > 0) return ncclSuccess;
+  return finish(true);
+}
+
+ncclResult_t group_simulate_end() {
+  if (group.depth == 0) return ncclInvalidUsage;
+  if (--group.depth > 0) return ncclSuccess;
+  return finish(false);
+}
+
+ncclResult_t group_note(ncclResult_t error) {
+  if (group.depth > 0 && group.error == ncclSuccess && error != ncclInProgress) group.error = error;
+  return error;
+}
+
+ncclResult_t submit_init(const CommPtr& comm, ncclComm_t* owner, std::function<ncclResult_t()> job,
+                         bool absent) {
+  *owner = absent ? nullptr : comm->handle();
+  group.inits.push_back({comm, absent ? nullptr : owner, std::move(job), absent});
+  return group.depth > 0 ? ncclSuccess : finish(true);
+}
+
+ncclResult_t submit_op(const CommPtr& comm, const Op& op, cudaStream_t stream) {
+  Batch* batch = nullptr;
+  for (auto& known : group.batches) {
+    if (known->comm == comm && known->stream == stream) batch = known.get();
+  }
+  if (!batch) {
+    group.batches.push_back(std::make_unique<Batch>());
+    batch = group.batches.back().get();
+    batch->comm = comm;
+    batch->stream = stream;
+  }
+  batch->ops.push_back(op);
+  return group.depth > 0 ? ncclSuccess : finish(true);
+}
+
+}  // namespace simnccl

@@ -1,0 +1,403 @@
+// Everything of the script that is no collective: life of communicators, errors, barriers, facts. See worker.h.
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+#include <thread>
+
+#include "nccl_calls.h"
+#include "worker.h"
+
+namespace worker {
+namespace {
+
+void publish(const std::string& path, const void* data, size_t bytes) {
+  std::string temporary = path + ".tmp" + std::to_string(getpid());
+  FILE* file = fopen(temporary.c_str(), "wb");
+  if (!file || fwrite(data, 1, bytes, file) != bytes || fclose(file) != 0 ||
+      rename(temporary.c_str(), path.c_str()) != 0) {
+    throw std::runtime_error("cannot write " + path);
+  }
+}
+
+bool read_whole(const std::string& path, void* data, size_t bytes) {
+  FILE* file = fopen(path.c_str(), "rb");
+  if (!file) return false;
+  bool whole = fread(data, 1, bytes, file) == bytes;
+  fclose(file);
+  return whole;
+}
+
+void wait_for(const std::string& path, void* data, size_t bytes, int timeout_s) {
+  auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(timeout_s);
+  while (!read_whole(path, data, bytes)) {
+    if (std::chrono::steady_clock::now() > deadline) throw std::runtime_error("no " + path + " in time");
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
+}  // namespace
+
+void Driver::run(const std::vector<Statement>& program) {
+  for (const Statement& s : program) statement(s);
+}
+
+void Driver::statement(const Statement& s) {
+  if (s.name == "repeat") {
+    long times = s.number("n", 1);
+    for (long i = 0; i < times && tally_.errors + tally_.wrong == 0; ++i) run(s.body);
+    return;
+  }
+  if (s.name == "expect_error") {
+    expecting_ = true;
+    expected_ = s.number("code", -1);
+    return;
+  }
+  auto started = std::chrono::steady_clock::now();
+  uint64_t calls = tally_.calls;
+  uint64_t wrong = tally_.wrong;
+  notes_.clear();
+  failed_ = met_ = false;
+  try {
+    if (!dispatch(s)) throw std::runtime_error("unknown command");
+  } catch (const std::exception& error) {
+    failed_ = true;
+    note(s.name + ": " + error.what());
+  }
+  if (expecting_ && !met_ && !failed_ && !concerned(s).empty()) {
+    failed_ = true;
+    note("the expected error did not come");
+  }
+  expecting_ = false;
+  if (failed_) ++tally_.errors;
+  double ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - started).count();
+  char tail[160];
+  snprintf(tail, sizeof tail, ",\"ok\":%s,\"calls\":%llu,\"wrong\":%llu,\"ms\":%.2f", failed_ ? "false" : "true",
+           (unsigned long long)(tally_.calls - calls), (unsigned long long)(tally_.wrong - wrong), ms);
+  std::string line = line_head(s) + tail;
+  if (!notes_.empty()) line += ",\"note\":\"" + json_escape(notes_) + "\"";
+  print_line(line + "}");
+}
+
+std::string Driver::line_head(const Statement& s) {
+  return "{\"cmd\":\"" + json_escape(s.name) + "\",\"rank\":" + std::to_string(lanes_[0].rank);
+}
+
+void Driver::note(const std::string& text) {
+  if (notes_.size() < 2000) notes_ += (notes_.empty() ? "" : "; ") + text;
+}
+
+bool Driver::accept(ncclResult_t result, const char* what) {
+  if (result == ncclSuccess) return true;
+  std::string text = std::string(what) + " gave " + std::to_string(result);
+  text += std::string(" (") + call::ncclGetErrorString(result) + ")";
+  if (expecting_ && (expected_ == -1 || expected_ == result)) {
+    if (!met_) note("expected: " + text);
+    met_ = true;
+    return false;
+  }
+  failed_ = true;
+  note(text);
+  return false;
+}
+
+bool Driver::accept_cuda(CUresult result, const char* what) {
+  if (result == CUDA_SUCCESS) return true;
+  failed_ = true;
+  note(std::string(what) + " gave CUDA error " + std::to_string(result));
+  return false;
+}
+
+bool Driver::dispatch(const Statement& s) {
+  const std::string& n = s.name;
+  if (n == "allreduce") {
+    collective(s, Coll::kAllReduce);
+  } else if (n == "collective") {
+    collective(s, Coll::kBroadcast);
+  } else if (n == "random") {
+    random(s);
+  } else if (n == "patterns") {
+    patterns(s);
+  } else if (n == "capture") {
+    capture(s);
+  } else if (n == "replay") {
+    replay(s);
+  } else if (n == "drop_graphs") {
+    for (Graph& graph : graphs_) {
+      for (CUgraphExec exec : graph.execs) accept_cuda(cuGraphExecDestroy(exec), "cuGraphExecDestroy");
+      for (Call& c : graph.calls) give_back(c);
+    }
+    graphs_.clear();
+  } else if (n == "init") {
+    init(s);
+  } else if (n == "init_all") {
+    init_all(s);
+  } else if (n == "split") {
+    split(s);
+  } else if (n == "shrink") {
+    shrink(s);
+  } else if (n == "destroy" || n == "abort" || n == "finalize" || n == "revoke") {
+    end_comm(s);
+  } else if (n == "async_error") {
+    async_error(s);
+  } else if (n == "barrier") {
+    barrier(s);
+  } else if (n == "meminfo") {
+    meminfo(s);
+  } else if (n == "facts") {
+    facts(s);
+  } else if (n == "group_start" || n == "group_end") {
+    group(s, n == "group_start");
+  } else if (n == "use") {
+    for (Lane* lane : concerned(s)) lane->comm = size_t(s.number("comm", 0));
+  } else if (n == "stream") {
+    for (Lane* lane : concerned(s)) {
+      use_lane(*lane);
+      size_t index = size_t(s.number("i", 0));
+      while (lane->streams.size() <= index) {
+        CUstream made = nullptr;
+        if (!accept_cuda(cuStreamCreate(&made, CU_STREAM_NON_BLOCKING), "cuStreamCreate")) return true;
+        lane->streams.push_back(made);
+      }
+      lane->stream = index;
+    }
+  } else if (n == "sync") {
+    for (Lane* lane : concerned(s)) accept(sync(*lane), "sync");
+  } else if (n == "sleep") {
+    if (!concerned(s).empty()) std::this_thread::sleep_for(std::chrono::milliseconds(s.number("ms", 100)));
+  } else if (n == "kill_self") {
+    if (!concerned(s).empty()) kill(getpid(), SIGKILL);
+  } else if (n == "exit") {
+    if (!concerned(s).empty()) _exit(int(s.number("code", 0)));
+  } else {
+    return false;
+  }
+  return true;
+}
+
+void Driver::init(const Statement& s) {
+  std::vector<Lane*> lanes = concerned(s);
+  std::string path = options_.id + (inits_ ? "." + std::to_string(inits_) : "");
+  ++inits_;
+  ncclUniqueId id;
+  bool root = false;
+  for (Lane* lane : lanes) root = root || lane->rank == 0;
+  if (root) {
+    if (!accept(call::ncclGetUniqueId(&id), "ncclGetUniqueId")) return;
+    publish(path, &id, sizeof id);
+  } else {
+    wait_for(path, &id, sizeof id, options_.timeout_s);
+  }
+  long blocking = s.number("blocking", options_.blocking);
+  bool fused = lanes.size() > 1;
+  std::vector<ncclComm_t> comms(lanes.size(), nullptr);
+  ncclResult_t result = ncclSuccess;
+  if (fused) accept(call::ncclGroupStart(), "ncclGroupStart");
+  for (size_t i = 0; i < lanes.size(); ++i) {
+    use_lane(*lanes[i]);
+    if (blocking < 0) {
+      result = call::ncclCommInitRank(&comms[i], options_.ranks, id, lanes[i]->rank);
+    } else {
+      ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+      config.blocking = int(blocking);
+      // The fields that every release since 2.20 has.
+      config.size = offsetof(ncclConfig_t, trafficClass);
+      config.version = NCCL_VERSION(2, 20, 3);
+      result = call::ncclCommInitRankConfig(&comms[i], options_.ranks, id, lanes[i]->rank, &config);
+    }
+    if (result != ncclSuccess && result != ncclInProgress) accept(result, "ncclCommInitRank");
+  }
+  if (fused) result = call::ncclGroupEnd();
+  for (size_t i = 0; i < lanes.size(); ++i) {
+    Member member = {comms[i], lanes[i]->rank, options_.ranks};
+    if (s.number("wait", 1)) result = settle(member, result);
+    lanes[i]->comms.push_back(member);
+    lanes[i]->comm = lanes[i]->comms.size() - 1;
+  }
+  if (s.number("wait", 1)) accept(result, "initialisation");
+}
+
+void Driver::init_all(const Statement& s) {
+  std::vector<Lane*> lanes = concerned(s);
+  std::vector<ncclComm_t> comms(lanes.size(), nullptr);
+  std::vector<int> devices;
+  for (Lane* lane : lanes) devices.push_back(lane->device);
+  if (!accept(call::ncclCommInitAll(comms.data(), int(lanes.size()), devices.data()), "ncclCommInitAll")) return;
+  for (size_t i = 0; i < lanes.size(); ++i) {
+    lanes[i]->comms.push_back({comms[i], int(i), int(lanes.size())});
+    lanes[i]->comm = lanes[i]->comms.size() - 1;
+  }
+}
+
+// The child becomes current. `mod=2`: color is rank modulo 2; `div=2`: rank divided by 2; `none=3`: rank 3
+// gets no color; `reverse`: keys count down.
+void Driver::split(const Statement& s) {
+  std::vector<Lane*> lanes = concerned(s);
+  std::vector<ncclComm_t> children(lanes.size(), nullptr);
+  ncclResult_t result = ncclSuccess;
+  bool fused = lanes.size() > 1;
+  if (fused) accept(call::ncclGroupStart(), "ncclGroupStart");
+  for (size_t i = 0; i < lanes.size(); ++i) {
+    Member& parent = lanes[i]->member();
+    use_lane(*lanes[i]);
+    int color = int(s.number("color", 0));
+    if (s.has("mod")) color = parent.rank % int(s.number("mod", 1));
+    if (s.has("div")) color = parent.rank / int(s.number("div", 1));
+    if (s.number("none", -1) == parent.rank) color = NCCL_SPLIT_NOCOLOR;
+    int key = s.number("reverse", 0) ? parent.ranks - parent.rank : parent.rank;
+    result = call::ncclCommSplit(parent.comm, color, key, &children[i], nullptr);
+    if (!fused) result = settle(parent, result);
+  }
+  if (fused) result = call::ncclGroupEnd();
+  if (!accept(result, "ncclCommSplit")) return;
+  for (size_t i = 0; i < lanes.size(); ++i) {
+    Member child;
+    child.comm = children[i];
+    if (child.comm) {
+      ncclResult_t state = ncclInProgress;
+      accept(settle(child, state), "split communicator");
+      accept(call::ncclCommUserRank(child.comm, &child.rank), "ncclCommUserRank");
+      accept(call::ncclCommCount(child.comm, &child.ranks), "ncclCommCount");
+    }
+    lanes[i]->comms.push_back(child);
+    lanes[i]->comm = lanes[i]->comms.size() - 1;
+  }
+}
+
+void Driver::shrink(const Statement& s) {
+  std::vector<int> excluded;
+  for (const std::string& part : split_list(s.text("exclude", ""), ',')) excluded.push_back(atoi(part.c_str()));
+  for (Lane* lane : concerned(s)) {
+    use_lane(*lane);
+    Member& parent = lane->member();
+    bool out = false;
+    for (int rank : excluded) out = out || rank == parent.rank;
+    Member child;
+    if (!out) {
+      int flags = s.number("abort", 0) ? NCCL_SHRINK_ABORT : NCCL_SHRINK_DEFAULT;
+      ncclResult_t result =
+          call::ncclCommShrink(parent.comm, excluded.data(), int(excluded.size()), &child.comm, nullptr, flags);
+      if (!accept(settle(child, result), "ncclCommShrink")) return;
+      accept(call::ncclCommUserRank(child.comm, &child.rank), "ncclCommUserRank");
+      accept(call::ncclCommCount(child.comm, &child.ranks), "ncclCommCount");
+    }
+    lane->comms.push_back(child);
+    lane->comm = lane->comms.size() - 1;
+  }
+}
+
+void Driver::drop_member(Lane& lane) {
+  lane.comms.erase(lane.comms.begin() + long(lane.comm));
+  lane.comm = lane.comms.empty() ? 0 : lane.comms.size() - 1;
+}
+
+void Driver::end_comm(const Statement& s) {
+  for (Lane* lane : concerned(s)) {
+    use_lane(*lane);
+    if (lane->comms.empty()) throw std::runtime_error("no communicator");
+    Member& member = lane->member();
+    ncclResult_t result = ncclSuccess;
+    if (s.name == "finalize") {
+      result = settle(member, call::ncclCommFinalize(member.comm));
+    } else if (s.name == "revoke") {
+      result = call::ncclCommRevoke(member.comm, NCCL_REVOKE_DEFAULT);
+    } else if (member.comm) {
+      result = s.name == "abort" ? call::ncclCommAbort(member.comm) : call::ncclCommDestroy(member.comm);
+    }
+    accept(result, s.name.c_str());
+    if (s.name == "destroy" || s.name == "abort") drop_member(*lane);
+  }
+}
+
+// Asks until the communicator reports `expect`, for `within` milliseconds.
+void Driver::async_error(const Statement& s) {
+  long expect = s.number("expect", ncclSuccess);
+  auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(s.number("within", 0));
+  for (Lane* lane : concerned(s)) {
+    for (;;) {
+      ncclResult_t state = ncclSuccess;
+      auto asked = std::chrono::steady_clock::now();
+      ncclResult_t result = call::ncclCommGetAsyncError(lane->member().comm, &state);
+      auto took = std::chrono::steady_clock::now() - asked;
+      if (!accept(result, "ncclCommGetAsyncError")) return;
+      if (took > std::chrono::milliseconds(s.number("each", 1000))) {
+        failed_ = true;
+        note("ncclCommGetAsyncError blocked");
+      }
+      if (state == expect || (expect == -1 && state != ncclSuccess && state != ncclInProgress)) break;
+      if (std::chrono::steady_clock::now() >= deadline) {
+        failed_ = true;
+        note("state is " + std::to_string(state) + ", expected " + std::to_string(expect));
+        return;
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    }
+  }
+}
+
+// Over files beside the id, so that it does not depend on what is tested. `ranks=N` when fewer take part.
+void Driver::barrier(const Statement& s) {
+  int number = barriers_++;
+  std::string stem = options_.id + ".barrier" + std::to_string(number) + ".";
+  char mark = 1;
+  for (Lane* lane : concerned(s)) publish(stem + std::to_string(lane->rank), &mark, 1);
+  if (concerned(s).empty()) return;
+  for (int r = 0; r < options_.ranks; ++r) {
+    if (s.concerns(r)) wait_for(stem + std::to_string(r), &mark, 1, options_.timeout_s);
+  }
+}
+
+// `expect=same`: as much free memory as the last time.
+void Driver::meminfo(const Statement& s) {
+  for (Lane* lane : concerned(s)) {
+    use_lane(*lane);
+    size_t free_bytes = 0;
+    size_t total = 0;
+    if (!accept_cuda(cuMemGetInfo_v2(&free_bytes, &total), "cuMemGetInfo")) return;
+    note("free " + std::to_string(free_bytes) + " of " + std::to_string(total));
+    if (s.text("expect", "") == "same" && free_bytes != free_seen_) {
+      failed_ = true;
+      note("it was " + std::to_string(free_seen_));
+    }
+    free_seen_ = free_bytes;
+  }
+}
+
+// What the communicator says of itself must be what the worker made.
+void Driver::facts(const Statement& s) {
+  for (Lane* lane : concerned(s)) {
+    Member& member = lane->member();
+    if (!member.comm) continue;
+    int rank = -1;
+    int ranks = -1;
+    int device = -1;
+    int version = 0;
+    accept(call::ncclCommUserRank(member.comm, &rank), "ncclCommUserRank");
+    accept(call::ncclCommCount(member.comm, &ranks), "ncclCommCount");
+    accept(call::ncclCommCuDevice(member.comm, &device), "ncclCommCuDevice");
+    accept(call::ncclGetVersion(&version), "ncclGetVersion");
+    note("rank " + std::to_string(rank) + " of " + std::to_string(ranks) + ", device " + std::to_string(device) +
+         ", version " + std::to_string(version));
+    if (rank != member.rank || ranks != member.ranks || device != lane->device) failed_ = true;
+  }
+}
+
+void Driver::group(const Statement& s, bool start) {
+  if (concerned(s).empty()) return;
+  if (start) {
+    in_group_ = accept(call::ncclGroupStart(), "ncclGroupStart");
+    return;
+  }
+  in_group_ = false;
+  ncclResult_t result = call::ncclGroupEnd();
+  for (Call& c : pending_) result = settle(c.member, result);
+  accept(result, "ncclGroupEnd");
+  finish_pending();
+}
+
+}  // namespace worker

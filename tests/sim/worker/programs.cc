@@ -1,0 +1,164 @@
+// The commands that make collective calls: plain, random, patterns, captured. The calls themselves are in calls.cc.
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <thread>
+
+#include "nccl_calls.h"
+#include "worker.h"
+
+namespace worker {
+
+void Driver::collective(const Statement& s, Coll coll) {
+  long reps = s.number("reps", 1);
+  for (long i = 0; i < reps && !failed_ && !met_; ++i) {
+    std::vector<Call> calls;
+    uint64_t number = calls_made_++;
+    for (Lane* lane : concerned(s)) {
+      Call c = plan(s, *lane, number);
+      if (coll == Coll::kAllReduce) c.coll = coll;
+      calls.push_back(c);
+    }
+    run_calls(calls);
+  }
+}
+
+// The same count, type and operation on all ranks; offset and placement differ.
+void Driver::random(const Statement& s) {
+  uint64_t seed = uint64_t(s.number("seed", 1));
+  long calls = s.number("calls", 100);
+  size_t most = size_t(s.number("max", 100000));
+  std::vector<std::string> types = split_list(s.text("dtypes", "f32,f16,bf16"), ',');
+  std::vector<std::string> ops = split_list(s.text("ops", "sum"), ',');
+  bool delays = s.number("delays", 0) != 0;
+  long streams = s.number("streams", 1);
+  for (long i = 0; i < calls && !failed_ && !met_; ++i) {
+    uint64_t number = calls_made_++;
+    Random common(seed, number);
+    Statement one;
+    one.args["dtype"] = types[common.below(types.size())];
+    one.args["op"] = ops[common.below(ops.size())];
+    // Small counts as often as large ones: uniform in the logarithm, with exact small numbers.
+    size_t bits = 1;
+    while ((size_t(1) << bits) < most) ++bits;
+    size_t count = 1 + common.below(std::min(most, size_t(1) << (1 + common.below(bits))));
+    one.args["count"] = std::to_string(count);
+    one.args["seed"] = std::to_string(seed);
+    std::vector<Call> planned;
+    for (Lane* lane : concerned(s)) {
+      Random own(seed, number, 1000 + uint64_t(lane->rank));
+      Statement mine = one;
+      mine.args["inplace"] = std::to_string(own.below(3) == 0);
+      mine.args["offset"] = std::to_string(own.below(2) ? own.below(17) : 0);
+      mine.args["out_offset"] = std::to_string(own.below(2) ? own.below(17) : 0);
+      while (long(lane->streams.size()) < streams) {
+        use_lane(*lane);
+        CUstream made = nullptr;
+        accept_cuda(cuStreamCreate(&made, CU_STREAM_NON_BLOCKING), "cuStreamCreate");
+        lane->streams.push_back(made);
+      }
+      if (streams > 1) lane->stream = own.below(uint64_t(streams));
+      if (delays) std::this_thread::sleep_for(std::chrono::microseconds(own.below(4) ? 0 : own.below(3000)));
+      planned.push_back(plan(mine, *lane, number));
+    }
+    run_calls(planned);
+  }
+}
+
+// Every bit pattern in either half of a word, on each of a few ranks, against several values of the others.
+void Driver::patterns(const Statement& s) {
+  std::string dtype = s.text("dtype", "bf16");
+  int type = type_by_name(dtype);
+  size_t count = type == ncclFloat32 ? size_t(s.number("count", 4096)) : 2 * 65536;
+  std::vector<uint32_t> fillers = {0x0000, 0x8000, 0xfffa, 0x3c00, 0x7f7f};
+  if (type == ncclFloat32) fillers = {0x00000000, 0x80000000, 0xfffafffa, 0x3f800000, 0x7f7fffff};
+  for (int half = 0; half < 2; ++half) {
+    for (size_t f = 0; f < fillers.size() && !failed_; ++f) {
+      uint64_t number = calls_made_++;
+      std::vector<Call> calls;
+      for (Lane* lane : concerned(s)) {
+        Call c = plan(s, *lane, number);
+        c.coll = Coll::kAllReduce;
+        c.op = ncclSum;
+        c.count = count;
+        c.payload.kind = Payload::kPattern;
+        c.payload.phase = uint64_t(half) + 2 * f;
+        c.payload.filler = fillers[f];
+        c.payload.carrier = int(number) % std::max(1, c.member.ranks);
+        calls.push_back(c);
+      }
+      run_calls(calls);
+    }
+  }
+}
+
+void Driver::capture(const Statement& s) {
+  std::string name = s.text("mode", "thread");
+  CUstreamCaptureMode mode = name == "global"    ? CU_STREAM_CAPTURE_MODE_GLOBAL
+                             : name == "relaxed" ? CU_STREAM_CAPTURE_MODE_RELAXED
+                                                 : CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+  Graph graph;
+  std::vector<Lane*> lanes = concerned(s);
+  std::vector<std::string> counts = split_list(s.text("counts", s.text("count", "1000")), ',');
+  std::vector<std::vector<Call>> rounds;
+  for (const std::string& count : counts) {
+    uint64_t number = calls_made_++;
+    rounds.emplace_back();
+    Statement one = s;
+    one.args["count"] = count;
+    for (Lane* lane : lanes) {
+      rounds.back().push_back(plan(one, *lane, number));
+      prepare(rounds.back().back());
+    }
+  }
+  for (Lane* lane : lanes) accept(sync(*lane), "before capture");
+  for (Lane* lane : lanes) {
+    use_lane(*lane);
+    if (!accept_cuda(cuStreamBeginCapture_v2(lane->current(), mode), "cuStreamBeginCapture")) return;
+  }
+  for (auto& round : rounds) {
+    if (round.size() > 1) accept(call::ncclGroupStart(), "ncclGroupStart");
+    for (Call& c : round) {
+      ncclResult_t result = issue(c);
+      if (round.size() == 1) result = settle(c.member, result);
+      accept(result, "captured collective");
+    }
+    if (round.size() > 1) accept(call::ncclGroupEnd(), "ncclGroupEnd");
+  }
+  for (Lane* lane : lanes) {
+    use_lane(*lane);
+    CUgraph made = nullptr;
+    CUgraphExec exec = nullptr;
+    if (!accept_cuda(cuStreamEndCapture(lane->current(), &made), "cuStreamEndCapture")) return;
+    accept_cuda(cuGraphInstantiateWithFlags(&exec, made, 0), "cuGraphInstantiate");
+    accept_cuda(cuGraphDestroy(made), "cuGraphDestroy");
+    graph.execs.push_back(exec);
+  }
+  for (auto& round : rounds) {
+    for (Call& c : round) graph.calls.push_back(c);
+  }
+  graphs_.push_back(graph);
+}
+
+void Driver::replay(const Statement& s) {
+  if (graphs_.empty()) throw std::runtime_error("replay without capture");
+  Graph& graph = graphs_.at(size_t(s.number("graph", long(graphs_.size()) - 1)));
+  long times = s.number("n", 1);
+  for (long i = 0; i < times && !failed_ && !met_; ++i) {
+    for (Call& c : graph.calls) {
+      c.payload.call += 1000003;  // fresh numbers for every replay, the same on all ranks
+      refresh(c);
+    }
+    size_t at = 0;
+    for (Lane* lane : concerned(s)) {
+      use_lane(*lane);
+      accept_cuda(cuGraphLaunch(graph.execs.at(at++), lane->current()), "cuGraphLaunch");
+    }
+    bool clean = true;
+    for (Lane* lane : concerned(s)) clean = accept(sync(*lane), "replay") && clean;
+    if (!clean || met_) return;
+    for (Call& c : graph.calls) check(c);
+  }
+}
+
+}  // namespace worker

@@ -1,0 +1,353 @@
+// See reference.h. Pure computation.
+#include "reference.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+
+#include "nccl_api.h"
+
+namespace worker {
+namespace {
+
+struct Name {
+  const char* name;
+  int value;
+};
+
+constexpr Name kTypes[] = {{"i8", ncclInt8},     {"u8", ncclUint8},    {"i32", ncclInt32},    {"u32", ncclUint32},
+                           {"i64", ncclInt64},   {"u64", ncclUint64},  {"f16", ncclFloat16},  {"f32", ncclFloat32},
+                           {"f64", ncclFloat64}, {"bf16", ncclBfloat16},
+                           {"e4m3", ncclFloat8e4m3}, {"e5m2", ncclFloat8e5m2}};
+constexpr Name kOps[] = {{"sum", ncclSum}, {"prod", ncclProd}, {"max", ncclMax}, {"min", ncclMin}, {"avg", ncclAvg}};
+
+struct Format {
+  int exponent_bits;
+  int mantissa_bits;
+  bool infinity;
+};
+
+Format format_of(int type) {
+  switch (type) {
+    case ncclFloat16:
+      return {5, 10, true};
+    case ncclBfloat16:
+      return {8, 7, true};
+    case ncclFloat8e4m3:
+      return {4, 3, false};
+    case ncclFloat8e5m2:
+      return {5, 2, true};
+    default:
+      return {8, 23, true};
+  }
+}
+
+float slow_decode(int type, uint64_t bits) {
+  Format f = format_of(type);
+  int exponent = int(bits >> f.mantissa_bits) & ((1 << f.exponent_bits) - 1);
+  uint64_t mantissa = bits & ((uint64_t(1) << f.mantissa_bits) - 1);
+  bool negative = (bits >> (f.exponent_bits + f.mantissa_bits)) & 1;
+  int top = (1 << f.exponent_bits) - 1;
+  int bias = top / 2;
+  double value;
+  if (f.infinity && exponent == top) {
+    value = mantissa ? std::nan("") : std::numeric_limits<double>::infinity();
+  } else if (!f.infinity && exponent == top && mantissa == 7) {
+    value = std::nan("");
+  } else if (exponent == 0) {
+    value = std::ldexp(double(mantissa), 1 - bias - f.mantissa_bits);
+  } else {
+    value = std::ldexp(double(mantissa) + std::ldexp(1.0, f.mantissa_bits), exponent - bias - f.mantissa_bits);
+  }
+  return float(negative ? -value : value);
+}
+
+const std::vector<float>& table_of(int type) {
+  static const std::vector<float> half = [] {
+    std::vector<float> t(65536);
+    for (uint32_t i = 0; i < t.size(); ++i) t[i] = slow_decode(ncclFloat16, i);
+    return t;
+  }();
+  static const std::vector<float> brain = [] {
+    std::vector<float> t(65536);
+    for (uint32_t i = 0; i < t.size(); ++i) t[i] = slow_decode(ncclBfloat16, i);
+    return t;
+  }();
+  return type == ncclFloat16 ? half : brain;
+}
+
+uint32_t special_bits(int type, uint64_t pick) {
+  // Zeros, subnormals, the largest finite values, infinities, NaNs, and the words a polling protocol may reserve.
+  static const uint32_t wide[] = {0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007fffff, 0x00800000, 0x7f7fffff,
+                                  0xff7fffff, 0x7f800000, 0xff800000, 0x7fc00000, 0x7fffffff, 0xffffffff, 0xfffafffa,
+                                  0xfffafffb, 0xfffa0000, 0x0000fffa, 0x3f800000, 0xbf800000, 0x33800000};
+  static const uint32_t half[] = {0x0000, 0x8000, 0x0001, 0x8001, 0x03ff, 0x0400, 0x7bff, 0xfbff, 0x7c00, 0xfc00,
+                                  0x7e00, 0x7fff, 0xffff, 0xfffa, 0xfffb, 0x3c00, 0xbc00, 0x1000, 0x0200, 0xfffa};
+  static const uint32_t brain[] = {0x0000, 0x8000, 0x0001, 0x8001, 0x007f, 0x0080, 0x7f7f, 0xff7f, 0x7f80, 0xff80,
+                                   0x7fc0, 0x7fff, 0xffff, 0xfffa, 0xfffb, 0x3f80, 0xbf80, 0x3b80, 0x0040, 0xfffa};
+  pick %= 20;
+  return type == ncclFloat32 ? wide[pick] : type == ncclFloat16 ? half[pick] : brain[pick];
+}
+
+template <class T>
+T integer_fold(int op, const std::vector<uint64_t>& values) {
+  T acc = T(values[0]);
+  for (size_t r = 1; r < values.size(); ++r) {
+    T next = T(values[r]);
+    if (op == ncclSum || op == ncclAvg) acc = T(uint64_t(acc) + uint64_t(next));
+    if (op == ncclProd) acc = T(uint64_t(acc) * uint64_t(next));
+    if (op == ncclMax && next > acc) acc = next;
+    if (op == ncclMin && next < acc) acc = next;
+  }
+  if (op == ncclAvg) acc = T(acc / T(values.size()));
+  return acc;
+}
+
+template <class F>
+F float_fold(int op, const std::vector<F>& values) {
+  F acc = values[0];
+  for (size_t r = 1; r < values.size(); ++r) {
+    F next = values[r];
+    if (op == ncclSum || op == ncclAvg) acc = acc + next;
+    if (op == ncclProd) acc = acc * next;
+    if (op == ncclMax && next > acc) acc = next;
+    if (op == ncclMin && next < acc) acc = next;
+  }
+  return op == ncclAvg ? acc / F(values.size()) : acc;
+}
+
+uint64_t load(const uint8_t* from, size_t bytes) {
+  uint64_t value = 0;
+  std::memcpy(&value, from, bytes);  // little-endian hosts only, as NCCL
+  return value;
+}
+
+double number(int type, uint64_t bits) {
+  switch (type) {
+    case ncclFloat64: {
+      double value;
+      std::memcpy(&value, &bits, sizeof value);
+      return value;
+    }
+    default:
+      return decode(type, bits);
+  }
+}
+
+}  // namespace
+
+uint64_t mix(uint64_t value) {
+  value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9ull;
+  value = (value ^ (value >> 27)) * 0x94d049bb133111ebull;
+  return value ^ (value >> 31);
+}
+
+int type_by_name(const std::string& name) {
+  for (const Name& entry : kTypes) {
+    if (name == entry.name) return entry.value;
+  }
+  return -1;
+}
+
+int op_by_name(const std::string& name) {
+  for (const Name& entry : kOps) {
+    if (name == entry.name) return entry.value;
+  }
+  return -1;
+}
+
+size_t type_bytes(int type) {
+  switch (type) {
+    case ncclInt8:
+    case ncclUint8:
+    case ncclFloat8e4m3:
+    case ncclFloat8e5m2:
+      return 1;
+    case ncclFloat16:
+    case ncclBfloat16:
+      return 2;
+    case ncclInt32:
+    case ncclUint32:
+    case ncclFloat32:
+      return 4;
+    default:
+      return 8;
+  }
+}
+
+bool is_float(int type) {
+  return type == ncclFloat16 || type == ncclFloat32 || type == ncclFloat64 || type == ncclBfloat16 ||
+         type == ncclFloat8e4m3 || type == ncclFloat8e5m2;
+}
+
+float decode(int type, uint64_t bits) {
+  if (type == ncclFloat16 || type == ncclBfloat16) return table_of(type)[bits & 0xffff];
+  if (type != ncclFloat32) return slow_decode(type, bits);
+  uint32_t word = uint32_t(bits);
+  float value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+uint64_t encode(int type, float value) {
+  if (type == ncclFloat32) {
+    uint32_t word;
+    std::memcpy(&word, &value, sizeof word);
+    return word;
+  }
+  Format f = format_of(type);
+  uint64_t sign = uint64_t(std::signbit(value) ? 1 : 0) << (f.exponent_bits + f.mantissa_bits);
+  uint64_t top = (uint64_t(1) << f.exponent_bits) - 1;
+  if (std::isnan(value)) return f.infinity ? (top << f.mantissa_bits) | 1 : 0x7f;
+  int bias = int(top) / 2;
+  double magnitude = std::fabs(double(value));
+  if (magnitude == 0) return sign;
+  int exponent = std::isinf(value) ? 1000 : std::ilogb(magnitude);
+  if (exponent < 1 - bias) exponent = 1 - bias;
+  // In units of the last place; the default rounding mode is to nearest even.
+  double units = std::isinf(value) ? 0 : std::nearbyint(std::ldexp(magnitude, f.mantissa_bits - exponent));
+  if (units >= std::ldexp(2.0, f.mantissa_bits)) {
+    units /= 2;
+    ++exponent;
+  }
+  int largest = f.infinity ? int(top) - 1 : int(top);
+  bool over = exponent + bias > largest || (!f.infinity && exponent + bias == largest && units > 14);
+  if (over) {
+    bool saturates = type == ncclFloat8e4m3 || type == ncclFloat8e5m2;
+    if (!saturates) return sign | (top << f.mantissa_bits);
+    return sign | (type == ncclFloat8e4m3 ? 0x7e : 0x7b);
+  }
+  double hidden = std::ldexp(1.0, f.mantissa_bits);
+  if (units < hidden) return sign | uint64_t(units);  // subnormal
+  return sign | (uint64_t(exponent + bias) << f.mantissa_bits) | uint64_t(units - hidden);
+}
+
+uint64_t element(const Payload& payload, int type, int rank, uint64_t index) {
+  if (payload.kind == Payload::kPattern) {
+    if (rank != payload.carrier) return payload.filler;
+    if (type == ncclFloat32) return special_bits(type, mix(index / 2 + payload.phase * 977));
+    return index % 2 == payload.phase % 2 ? (index / 2) & 0xffff : payload.filler;
+  }
+  uint64_t h = mix(mix(payload.seed * 0x9e3779b97f4a7c15ull + payload.call) + mix(uint64_t(rank) + 77) +
+                   index * 0xd1342543de82ef95ull);
+  uint64_t kind = h >> 60;
+  switch (type) {
+    case ncclFloat16:
+    case ncclBfloat16:
+      if (payload.special && kind == 0) return h & 0xffff;
+      if (payload.special && kind == 1) return special_bits(type, h >> 20);
+      if (type == ncclFloat16) return (h & 0x83ff) | ((12 + ((h >> 20) & 3)) << 10);
+      return (h & 0x807f) | ((124 + ((h >> 20) & 3)) << 7);
+    case ncclFloat32:
+      if (payload.special && kind == 0) return h & 0xffffffff;
+      if (payload.special && kind == 1) return special_bits(type, h >> 20);
+      return (h & 0x807fffff) | ((124 + ((h >> 32) & 3)) << 23);
+    case ncclFloat64: {
+      double value = double(int64_t(h >> 11)) / double(uint64_t(1) << 52) - 1.0;
+      uint64_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      return bits;
+    }
+    case ncclFloat8e4m3:
+      return (h & 0x87) | ((5 + ((h >> 20) & 1)) << 3);
+    case ncclFloat8e5m2:
+      return (h & 0x83) | ((14 + ((h >> 20) & 1)) << 2);
+    default:
+      return type_bytes(type) == 8 ? h : h & ((uint64_t(1) << (8 * type_bytes(type))) - 1);
+  }
+}
+
+Bytes make_input(const Payload& payload, int type, int rank, size_t first, size_t count) {
+  size_t bytes = type_bytes(type);
+  Bytes out(count * bytes);
+  for (size_t i = 0; i < count; ++i) {
+    uint64_t bits = element(payload, type, rank, first + i);
+    std::memcpy(out.data() + i * bytes, &bits, bytes);
+  }
+  return out;
+}
+
+Expectation reduce_reference(const Payload& payload, int type, int op, int ranks, size_t first, size_t count) {
+  size_t bytes = type_bytes(type);
+  Expectation expected;
+  expected.bits.resize(count * bytes);
+  if (is_float(type)) expected.magnitude.resize(count);
+  std::vector<uint64_t> raw(static_cast<size_t>(ranks));
+  std::vector<float> narrow(raw.size());
+  std::vector<double> wide(raw.size());
+  for (size_t i = 0; i < count; ++i) {
+    for (int r = 0; r < ranks; ++r) raw[size_t(r)] = element(payload, type, r, first + i);
+    uint64_t result = 0;
+    if (type == ncclFloat64) {
+      for (size_t r = 0; r < raw.size(); ++r) wide[r] = number(type, raw[r]);
+      double value = float_fold(op, wide);
+      std::memcpy(&result, &value, sizeof value);
+    } else if (is_float(type)) {
+      for (size_t r = 0; r < raw.size(); ++r) narrow[r] = decode(type, raw[r]);
+      result = encode(type, float_fold(op, narrow));
+    } else {
+      switch (type) {
+        case ncclInt8:
+          result = uint64_t(integer_fold<int8_t>(op, raw));
+          break;
+        case ncclUint8:
+          result = integer_fold<uint8_t>(op, raw);
+          break;
+        case ncclInt32:
+          result = uint64_t(integer_fold<int32_t>(op, raw));
+          break;
+        case ncclUint32:
+          result = integer_fold<uint32_t>(op, raw);
+          break;
+        case ncclInt64:
+          result = uint64_t(integer_fold<int64_t>(op, raw));
+          break;
+        default:
+          result = integer_fold<uint64_t>(op, raw);
+          break;
+      }
+    }
+    std::memcpy(expected.bits.data() + i * bytes, &result, bytes);
+    if (is_float(type)) {
+      double sum = 0;
+      for (uint64_t bits : raw) sum += std::fabs(number(type, bits));
+      expected.magnitude[i] = sum;
+    }
+  }
+  return expected;
+}
+
+size_t compare(const Expectation& expected, const uint8_t* got, int type, int op, int ranks, size_t count, bool exact,
+               std::string* note) {
+  size_t bytes = type_bytes(type);
+  size_t wrong = 0;
+  // Only sums are promised bit for bit.
+  bool tolerant = is_float(type) && (!exact || (op != ncclSum && op != ncclMax && op != ncclMin));
+  double unit = std::ldexp(1.0, type == ncclFloat64 ? -50 : -format_of(type).mantissa_bits);
+  for (size_t i = 0; i < count; ++i) {
+    uint64_t want = load(expected.bits.data() + i * bytes, bytes);
+    uint64_t have = load(got + i * bytes, bytes);
+    if (want == have) continue;
+    if (is_float(type)) {
+      double a = number(type, want);
+      double b = number(type, have);
+      if (std::isnan(a) && std::isnan(b)) continue;
+      if ((op == ncclMax || op == ncclMin) && a == b) continue;  // the sign of a zero is not promised
+      if (tolerant) {
+        if (!std::isfinite(a) || !std::isfinite(b)) continue;  // another order may overflow elsewhere
+        double scale = op == ncclProd ? std::fabs(a) : expected.magnitude[i];
+        if (std::fabs(a - b) <= unit * double(ranks) * scale + 1e-30) continue;
+      }
+    }
+    if (wrong++ == 0 && note) {
+      char text[160];
+      snprintf(text, sizeof text, "element %zu of %zu: expected %0*llx, got %0*llx", i, count, int(2 * bytes),
+               (unsigned long long)want, int(2 * bytes), (unsigned long long)have);
+      *note = text;
+    }
+  }
+  return wrong;
+}
+
+}  // namespace worker
