@@ -1,0 +1,158 @@
+//! What is explored: variant, number of ranks and stages, calls, shapes, and at most one deliberate fault.
+
+use super::call::{Call, Shape};
+
+/// How a stage becomes all sentinels again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Variant {
+    /// Shipped: the thread that polled a line stores the sentinel back at once; one epoch replica per block.
+    Immediate,
+    /// Classical: epoch e clears stage (e + 2) % 3 by the recorded dirty size; one epoch word, advanced by the last
+    /// of the threads that arrive at a counter.
+    Lagged,
+}
+
+/// A deliberate fault. The search must find a run that shows its harm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutant {
+    /// Both variants: sentinels go to the stage after the right one (lagged: (e + 1) % 3).
+    WrongStage,
+    /// Immediate: only lines below this number are re-armed, whatever was polled.
+    FixedSize(u8),
+    /// Immediate: the lines of the broadcast are polled but not re-armed.
+    OwnShardOnly,
+    /// Lagged: clears the extent of the current call instead of the recorded one.
+    ThisCallsSize,
+    /// Both: a line counts as arrived when its first word has.
+    OneWord,
+    /// Both: the end of a launch does not wait until its sentinel stores have reached memory.
+    NoReleaseAtEnd,
+    /// Immediate: a block starts the next launch although other blocks of this launch still run.
+    NoGridWait,
+    /// Immediate: the epoch is advanced although other threads of the block have not read it.
+    NoBlockBarrier,
+    /// Immediate: a block advances its own replica only.
+    OwnReplicaOnly,
+    /// Lagged: the arrival overtakes the thread's reads of epoch and dirty size.
+    ArrivalWithoutRelease,
+    /// Both: a rank fills its window after peers can reach it, with no barrier before the first launch.
+    NoInitBarrier,
+    /// Both: two communicators of the same ranks use one set of stages.
+    SharedStages,
+    /// Multicast: the sender's own copy is not polled (and so not re-armed).
+    OwnCopyNotPolled,
+    /// Rank 1 takes the other call of the pair (2k, 2k + 1) of the alphabet: ranks disagree on the algorithm.
+    Disagreement,
+    /// Every step is as shipped; the configuration is the fault (stages, epoch modulus, a launch without lines).
+    Configuration,
+}
+
+/// How much the search may leave out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduction {
+    /// Every landing of every word and every drain of every store buffer entry is a step of its own.
+    None,
+    /// Landings are steps of their own; a buffered store drains at the end of the launch, or before that only while a
+    /// store to the same word is in flight: nothing else can tell when it drained.
+    Drains,
+    /// Only part of the interleavings, for counterexamples: a word lands at once where memory holds the sentinel, and
+    /// buffers drain as with `Drains` unless the fault is about their timing.
+    Eager,
+    /// Ordered accesses are merged; the search proves that they are ordered (see `docs/protocol-model.md`).
+    Ordered,
+}
+
+/// How long runs are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Horizon {
+    /// Runs end after this many launches per communicator.
+    Launches(u8),
+    /// Runs never end; states that differ only by an offset of the epoch are one state.
+    Unbounded,
+}
+
+/// One exploration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub variant: Variant,
+    pub ranks: u8,
+    pub stages: u8,
+    pub communicators: u8,
+    pub calls: Vec<Call>,
+    /// Calls of the first launches, as indices of `calls`; free choice beyond.
+    pub sequence: Vec<u8>,
+    pub shapes: Vec<Shape>,
+    pub interleaved: bool,
+    pub horizon: Horizon,
+    pub reduction: Reduction,
+    pub mutant: Option<Mutant>,
+    /// Windows start as garbage and are filled by a step of their own.
+    pub initialise: bool,
+    /// The epoch counter counts modulo this (a multiple of the number of stages, or it is a fault).
+    pub epoch_modulus: u8,
+}
+
+impl Config {
+    /// The shipped variant, any number of launches, free choice of calls at every launch.
+    pub fn shipped(ranks: u8, calls: &[Call]) -> Self {
+        Self {
+            variant: Variant::Immediate,
+            ranks,
+            stages: 3,
+            communicators: 1,
+            calls: calls.to_vec(),
+            sequence: Vec::new(),
+            shapes: vec![Shape::SINGLE],
+            interleaved: false,
+            horizon: Horizon::Unbounded,
+            reduction: Reduction::Ordered,
+            mutant: None,
+            initialise: false,
+            epoch_modulus: 12,
+        }
+    }
+
+    pub fn lagged(ranks: u8, calls: &[Call]) -> Self {
+        Self { variant: Variant::Lagged, ..Self::shipped(ranks, calls) }
+    }
+
+    pub fn shapes(self, shapes: &[Shape]) -> Self {
+        Self { shapes: shapes.to_vec(), ..self }
+    }
+
+    pub fn stages(self, stages: u8) -> Self {
+        Self { stages, ..self }
+    }
+
+    /// Every interleaving of every word, without reduction.
+    pub fn every_step(self) -> Self {
+        Self { reduction: Reduction::None, ..self }
+    }
+
+    /// Every landing of every word, store buffers drained when somebody can tell.
+    pub fn every_landing(self) -> Self {
+        Self { reduction: Reduction::Drains, ..self }
+    }
+
+    pub fn launches(self, launches: u8) -> Self {
+        Self { horizon: Horizon::Launches(launches), ..self }
+    }
+
+    /// Explores only the part of the interleavings in which words land early: enough when a counterexample is sought.
+    pub fn eager(self) -> Self {
+        Self { reduction: Reduction::Eager, ..self }
+    }
+
+    pub fn sequence(self, sequence: &[u8]) -> Self {
+        Self { sequence: sequence.to_vec(), ..self }
+    }
+
+    /// The fault, explored without reduction over a bounded number of launches.
+    pub fn mutant(self, mutant: Mutant, launches: u8) -> Self {
+        Self { mutant: Some(mutant), ..self.every_step().launches(launches) }
+    }
+
+    pub fn has(&self, mutant: Mutant) -> bool {
+        self.mutant == Some(mutant)
+    }
+}

@@ -1,0 +1,13 @@
+//! An explicit-state model of the sentinel protocol, searched exhaustively.
+//!
+//! `call` says what each thread of a launch does, `config` what is explored, `state` packs a global state, `machine` has
+//! the steps and `kernel` those of a thread, `search` visits every reachable state, `trace` prints a counterexample.
+//! Prose: `docs/protocol-model.md`.
+
+pub mod call;
+pub mod config;
+pub mod kernel;
+pub mod machine;
+pub mod search;
+pub mod state;
+pub mod trace;
