@@ -104,9 +104,10 @@ pub unsafe extern "C" fn ncclCommInitRankScalable(
     ids: *mut UniqueId,
     config: Config,
 ) -> Code {
-    // SAFETY: the caller's own arguments.
     make(config, out, |nccl| {
-        nccl.comm_init_rank_scalable.map(|init| unsafe { init(out, ranks, rank, count, ids, config) })
+        let init = nccl.comm_init_rank_scalable?;
+        // SAFETY: the caller's own arguments.
+        Some(unsafe { init(out, ranks, rank, count, ids, config) })
     })
 }
 
@@ -150,9 +151,10 @@ pub unsafe extern "C" fn ncclCommShrink(
     config: Config,
     flags: c_int,
 ) -> Code {
-    // SAFETY: the caller's own arguments.
     make(config, out, |nccl| {
-        nccl.comm_shrink.map(|shrink| unsafe { shrink(comm, excluded, count, out, config, flags) })
+        let shrink = nccl.comm_shrink?;
+        // SAFETY: the caller's own arguments.
+        Some(unsafe { shrink(comm, excluded, count, out, config, flags) })
     })
 }
 
@@ -325,6 +327,22 @@ pub unsafe extern "C" fn ncclGroupEnd() -> Code {
     })
 }
 
+/// # Safety
+/// As for this function in NCCL. It closes a group without running it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclGroupSimulateEnd(info: *mut c_void) -> Code {
+    guard(|| match stock() {
+        Ok(stock) => {
+            if !transparent() {
+                let _ = GROUPS.try_with(|depth| depth.set(depth.get().saturating_sub(1)));
+            }
+            // SAFETY: the caller's own argument.
+            inside(|nccl| nccl.group_simulate_end.map(|end| unsafe { end(info) }), stock).unwrap_or(code::USAGE)
+        }
+        Err(code) => code,
+    })
+}
+
 /// Names and addresses for the call slots.
 pub(super) fn targets() -> Vec<(&'static CStr, *const c_void)> {
     vec![
@@ -342,5 +360,6 @@ pub(super) fn targets() -> Vec<(&'static CStr, *const c_void)> {
         (c"ncclCommGetAsyncError", ncclCommGetAsyncError as *const c_void),
         (c"ncclGroupStart", ncclGroupStart as *const c_void),
         (c"ncclGroupEnd", ncclGroupEnd as *const c_void),
+        (c"ncclGroupSimulateEnd", ncclGroupSimulateEnd as *const c_void),
     ]
 }

@@ -162,15 +162,19 @@ fn bind() {
             if report.slots > 0 {
                 intercept::pin_library();
             }
-            info!(
-                -1,
-                "direct door: {} call slots in {} objects lead here, {} left alone; stock NCCL {} at {}",
-                report.slots,
-                report.objects,
-                report.refused,
-                stock.version,
-                stock.path.display()
-            );
+            if report.changed > 0 || report.failed > 0 {
+                info!(
+                    -1,
+                    "direct door: {} call slots in {} objects lead here, {} lead to another NCCL, {} could not be \
+                     written; stock NCCL {} at {}",
+                    report.slots,
+                    report.objects,
+                    report.refused,
+                    report.failed,
+                    stock.version,
+                    stock.path.display()
+                );
+            }
         }
         Err(error) => warning!(-1, "the direct door stays shut: {error}"),
     }
