@@ -156,6 +156,16 @@ impl Default for Config {
     }
 }
 
+/// `TWOSHOT_NCCL_LIBRARY`, readable before the rest: the stock library is looked for at the program's first call.
+pub(crate) fn nccl_library() -> Option<PathBuf> {
+    text(&|name: &str| std::env::var_os(name), "TWOSHOT_NCCL_LIBRARY").map(PathBuf::from)
+}
+
+/// The dynamic linker's search path.
+pub(crate) fn library_path() -> OsString {
+    std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default()
+}
+
 /// NCCL's variables that govern the log, read apart from [`Config`] because reading the rest may already log.
 pub(crate) fn log_variable(name: &str) -> Option<String> {
     std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()).filter(|value| !value.is_empty())

@@ -36,8 +36,8 @@ const _: () = {
     assert!(abi::TWOSHOT_LINE_BYTES as u64 == layout::LINE);
     assert!(abi::TWOSHOT_STAGES as u64 == layout::STAGES);
     assert!(abi::TWOSHOT_HEADER_BYTES as u64 == layout::HEADER);
-    assert!(abi::TWOSHOT_MAX_BLOCKS as u32 == layout::MAX_BLOCKS);
-    assert!(abi::TWOSHOT_MAX_THREADS as u32 == layout::MAX_THREADS);
+    assert!(abi::TWOSHOT_MAX_BLOCKS == layout::MAX_BLOCKS);
+    assert!(abi::TWOSHOT_MAX_THREADS == layout::MAX_THREADS);
     assert!(abi::TWOSHOT_SLOT_LINES as u64 == layout::LINES_ALIGN);
 };
 

@@ -238,7 +238,7 @@ impl Mapping {
 
     /// Writes `word` into all words of `[offset, offset + bytes)`, on `stream`.
     pub fn fill(&self, offset: u64, bytes: u64, word: u32, stream: &Stream) -> Result<()> {
-        if offset.checked_add(bytes).is_none_or(|end| end > self.bytes) || bytes % 4 != 0 {
+        if offset.checked_add(bytes).is_none_or(|end| end > self.bytes) || !bytes.is_multiple_of(4) {
             return Err(Error::Bug("a fill leaves its mapping"));
         }
         let to = self.address + offset;

@@ -1,0 +1,173 @@
+//! `twoshot run -- COMMAND`: starts a program with what switches twoshot on, and nothing else.
+#![forbid(unsafe_code)]
+
+use std::ffi::{OsStr, OsString};
+use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use clap::{Args, ValueEnum};
+
+use crate::{bench, library};
+
+/// Start a command with twoshot switched on
+#[derive(Args, Debug)]
+pub struct Run {
+    /// How twoshot gets in
+    #[arg(long, value_enum, default_value_t = Door::Plugin)]
+    door: Door,
+    /// libtwoshot.so [default: $TWOSHOT_LIBRARY, else the one installed with this program]
+    #[arg(long, value_name = "PATH")]
+    library: Option<PathBuf>,
+    /// Stock NCCL for the door `path` [default: $TWOSHOT_NCCL_LIBRARY, $VLLM_NCCL_SO_PATH, else libnccl.so.2]
+    #[arg(long, value_name = "PATH")]
+    nccl: Option<PathBuf>,
+    /// Print the variables and the command, start nothing
+    #[arg(long)]
+    print: bool,
+    /// The command and its arguments
+    #[arg(trailing_var_arg = true, required = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+/// The ways into NCCL.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+enum Door {
+    /// NCCL loads it as its network plugin (NCCL_NET_PLUGIN)
+    Plugin,
+    /// The dynamic linker loads it first (LD_PRELOAD)
+    Preload,
+    /// The program opens it in place of NCCL (VLLM_NCCL_SO_PATH), as vLLM does
+    Path,
+}
+
+/// Becomes the command; returns only when it could not.
+pub fn main(run: &Run) -> i32 {
+    match start(run) {
+        Ok(code) => code,
+        Err(message) => {
+            eprintln!("twoshot run: {message}");
+            2
+        }
+    }
+}
+
+fn start(run: &Run) -> Result<i32, String> {
+    let library = library::twoshot(run.library.as_deref())?;
+    let stock = match run.door {
+        Door::Plugin | Door::Preload => None,
+        Door::Path => Some(stock(run, &library)?),
+    };
+    let settings = compose(run.door, &library, stock.as_deref(), |name| std::env::var_os(name));
+    if run.print {
+        let line = shell(&settings, &run.command);
+        let _ = writeln!(std::io::stdout().lock(), "{line}");
+        return Ok(0);
+    }
+    let (program, arguments) = run.command.split_first().ok_or("no command")?;
+    let error = Command::new(program).args(arguments).envs(settings).exec();
+    eprintln!("twoshot run: {}: {error}", program.to_string_lossy());
+    // What a shell returns.
+    Ok(if error.kind() == std::io::ErrorKind::NotFound { 127 } else { 126 })
+}
+
+/// The library that `ncclAllReduce` is to go on to: what the program would have opened without us.
+fn stock(run: &Run, library: &Path) -> Result<PathBuf, String> {
+    let before = library::variable("VLLM_NCCL_SO_PATH").filter(|path| !same_file(path, library));
+    let given = run.nccl.clone().or_else(|| library::variable("TWOSHOT_NCCL_LIBRARY")).or(before);
+    bench::stock(given.as_deref()).map(|(path, _)| path)
+}
+
+fn same_file(a: &Path, b: &Path) -> bool {
+    matches!((std::fs::canonicalize(a), std::fs::canonicalize(b)), (Ok(a), Ok(b)) if a == b)
+}
+
+/// The variables that a door needs, given those that are set.
+fn compose(
+    door: Door,
+    library: &Path,
+    stock: Option<&Path>,
+    var: impl Fn(&str) -> Option<OsString>,
+) -> Vec<(&'static str, OsString)> {
+    let ahead_of = |name: &str, separator: &str| {
+        let mut list = library.as_os_str().to_owned();
+        if let Some(before) = var(name).filter(|value| !value.is_empty()) {
+            let listed = before.to_string_lossy().split([',', ':', ' ']).any(|entry| OsStr::new(entry) == library);
+            if listed {
+                return before;
+            }
+            list.push(separator);
+            list.push(before);
+        }
+        list
+    };
+    match door {
+        Door::Plugin => vec![("NCCL_NET_PLUGIN", ahead_of("NCCL_NET_PLUGIN", ","))],
+        Door::Preload => vec![("LD_PRELOAD", ahead_of("LD_PRELOAD", ":"))],
+        Door::Path => {
+            let mut settings = vec![("VLLM_NCCL_SO_PATH", library.into())];
+            settings.extend(stock.map(|stock| ("TWOSHOT_NCCL_LIBRARY", stock.into())));
+            settings
+        }
+    }
+}
+
+/// A line for a shell.
+fn shell(settings: &[(&str, OsString)], command: &[OsString]) -> String {
+    let settings = settings.iter().map(|(name, value)| format!("{name}={}", quoted(value)));
+    settings.chain(command.iter().map(|word| quoted(word))).collect::<Vec<_>>().join(" ")
+}
+
+fn quoted(word: &OsStr) -> String {
+    let text = word.to_string_lossy();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:,=+@%".contains(c);
+    if !text.is_empty() && text.chars().all(plain) { text.into_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIBRARY: &str = "/opt/twoshot/lib/libtwoshot.so";
+
+    fn composed(door: Door, stock: Option<&str>, set: &[(&str, &str)]) -> Vec<(&'static str, String)> {
+        let var = |name: &str| set.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value));
+        let settings = compose(door, Path::new(LIBRARY), stock.map(Path::new), var);
+        settings.into_iter().map(|(name, value)| (name, value.to_string_lossy().into_owned())).collect()
+    }
+
+    #[test]
+    fn the_plugin_door_goes_ahead_of_the_sites_own_plugins() {
+        assert_eq!(composed(Door::Plugin, None, &[]), [("NCCL_NET_PLUGIN", LIBRARY.to_owned())]);
+        let with = composed(Door::Plugin, None, &[("NCCL_NET_PLUGIN", "aws-ofi,gcp")]);
+        assert_eq!(with, [("NCCL_NET_PLUGIN", format!("{LIBRARY},aws-ofi,gcp"))]);
+        assert_eq!(composed(Door::Plugin, None, &[("NCCL_NET_PLUGIN", "")]), [("NCCL_NET_PLUGIN", LIBRARY.to_owned())]);
+    }
+
+    #[test]
+    fn a_door_that_is_open_already_is_not_opened_twice() {
+        let plugins = format!("other,{LIBRARY}");
+        assert_eq!(composed(Door::Plugin, None, &[("NCCL_NET_PLUGIN", &plugins)]), [("NCCL_NET_PLUGIN", plugins)]);
+        assert_eq!(composed(Door::Preload, None, &[("LD_PRELOAD", LIBRARY)]), [("LD_PRELOAD", LIBRARY.to_owned())]);
+    }
+
+    #[test]
+    fn preload_keeps_what_others_preload() {
+        let with = composed(Door::Preload, None, &[("LD_PRELOAD", "/usr/lib/libjemalloc.so")]);
+        assert_eq!(with, [("LD_PRELOAD", format!("{LIBRARY}:/usr/lib/libjemalloc.so"))]);
+    }
+
+    #[test]
+    fn the_path_door_names_the_library_and_the_stock_one_behind_it() {
+        let with = composed(Door::Path, Some("/x/libnccl.so.2"), &[("VLLM_NCCL_SO_PATH", "/x/libnccl.so.2")]);
+        let expected = [("VLLM_NCCL_SO_PATH", LIBRARY.to_owned()), ("TWOSHOT_NCCL_LIBRARY", "/x/libnccl.so.2".to_owned())];
+        assert_eq!(with, expected);
+    }
+
+    #[test]
+    fn a_printed_line_survives_a_shell() {
+        let words = ["python", "a b.py", "it's", ""].map(OsString::from);
+        assert_eq!(shell(&[("A", "/x y".into())], &words), r"A='/x y' python 'a b.py' 'it'\''s' ''");
+    }
+}
