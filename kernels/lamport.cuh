@@ -29,7 +29,8 @@
 //            up first writes the fault record; all others see it and leave too.
 // Requires   Blocks of a launch co-resident; at most TWOSHOT_MAX_BLOCKS of them, at most TWOSHOT_MAX_THREADS threads.
 //            Launches of one communicator serialised by stream order (programmatic launch included: griddepcontrol.wait
-//            waits for the end of the previous grid and its flush). Same count, type and kernel on every rank for the
+//            waits for the end of the previous grid and its flush; only then may the next grid become resident, or a
+//            chain of launches would fill the GPU with waiting blocks and starve the kernel a peer waits for). Same count, type and kernel on every rank for the
 //            same launch. Stages filled with the sentinel and the header with zero before the first launch.
 //            ranks * slot (one-shot) or 2 * ranks * shard (two-shot) lines fit in stage_bytes, and 32 bits.
 #pragma once
@@ -111,6 +112,14 @@ TWOSHOT_DEVICE void publish(const TwoshotArgs& args, const Ranks& team, uint64_t
 TWOSHOT_UNROLL_BY(Ranks::kUnroll)
     for (uint32_t d = 1; d < team.size(); d++) st_relaxed_sys_v4_if(window(args, team.peer(d)) + offset, line, wanted);
   }
+}
+
+// ---- programmatic dependent launch ----------------------------------------------------------------------------------
+
+// In this order: at most one launch of a communicator waits on the GPU behind the one that runs.
+TWOSHOT_DEVICE void griddepcontrol_wait_then_launch_dependents() {
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
 }
 
 // ---- epoch ------------------------------------------------------------------------------------------------------

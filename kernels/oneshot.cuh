@@ -17,7 +17,7 @@ TWOSHOT_DEVICE void oneshot_body(const TwoshotArgs& args) {
   const uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
   const uint32_t step = gridDim.x * blockDim.x;
 
-  griddepcontrol_wait();
+  griddepcontrol_wait_then_launch_dependents();
 
   // Push. The first line and the epoch are fetched together; the line stays in registers, for mostly it is the only one.
   Line own = payload.begin_load(first);
@@ -75,7 +75,6 @@ TWOSHOT_UNROLL_BY(Ranks::kUnroll)
 
 template <typename T, int N, bool MC>
 TWOSHOT_DEVICE void oneshot(const TwoshotArgs& args) {
-  griddepcontrol_launch_dependents();
   if (payload_aligned(args)) {
     oneshot_body<T, N, MC, true>(args);
   } else {

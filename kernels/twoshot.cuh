@@ -199,7 +199,7 @@ TWOSHOT_UNROLL
 
   TWOSHOT_DEVICE void run() const {
     const uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
-    griddepcontrol_wait();
+    griddepcontrol_wait_then_launch_dependents();
 
     // At least once: a thread without lines needs the epoch too.
     uint32_t i = first, epoch;
@@ -244,7 +244,6 @@ TWOSHOT_UNROLL_BY(1)
 
 template <typename T, int N, bool MC>
 TWOSHOT_DEVICE void twoshot(const TwoshotArgs& args) {
-  griddepcontrol_launch_dependents();
   if (payload_aligned(args)) {
     TwoShot<T, N, MC, true>(args).run();
   } else {

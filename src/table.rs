@@ -24,9 +24,34 @@ pub struct Row {
     pub twoshot_bytes: u64,
     /// Most blocks a launch takes.
     pub blocks: u32,
-    /// Whether the limits were measured for this world, or follow from the rule.
-    pub measured: bool,
+    /// Where the limits come from.
+    pub source: Source,
 }
+
+/// Where a row comes from. No row of this library has been measured yet.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Source {
+    /// Measured with the prototype of these kernels, with more blocks than are taken here.
+    Prototype,
+    /// The rule.
+    Rule,
+}
+
+impl Source {
+    /// The words in log lines.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prototype => "prototype",
+            Self::Rule => "rule, unmeasured world",
+        }
+    }
+}
+
+/// A multiprocessor holds at least one block of 512 threads of these kernels, so four launches of this size are
+/// resident at once on 132 multiprocessors: two communicators with a programmatic launch waiting behind each, or four
+/// without. More blocks are faster above 1 MiB (`TWOSHOT_MAX_BLOCKS`), but two communicators that each fill the GPU can
+/// wait for each other across ranks.
+const BLOCKS: u32 = 32;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -40,12 +65,12 @@ const MIB: u64 = 1 << 20;
 pub fn row(world: World) -> Row {
     let peers = u64::from(world.ranks.max(2)) - 1;
     let hopper_unicast = world.arch / 10 == 9 && !world.multicast;
-    let (oneshot_bytes, measured) = match world.ranks {
-        2 if hopper_unicast => (512 * KIB, true),
-        4 if hopper_unicast => (128 * KIB, true),
-        _ => ((512 * KIB / peers).clamp(8 * KIB, 512 * KIB) / KIB * KIB, false),
+    let (oneshot_bytes, source) = match world.ranks {
+        2 if hopper_unicast => (512 * KIB, Source::Prototype),
+        4 if hopper_unicast => (128 * KIB, Source::Prototype),
+        _ => ((512 * KIB / peers).clamp(8 * KIB, 512 * KIB) / KIB * KIB, Source::Rule),
     };
-    Row { oneshot_bytes, twoshot_bytes: 4 * MIB, blocks: 128, measured }
+    Row { oneshot_bytes, twoshot_bytes: 4 * MIB, blocks: BLOCKS, source }
 }
 
 #[cfg(test)]

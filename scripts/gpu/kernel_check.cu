@@ -265,7 +265,10 @@ struct Graphs {
       CHECK(cudaStreamEndCapture(device.stream[r], &graph));
       CHECK(cudaGraphInstantiate(&executables[r], graph, 0));
       CHECK(cudaGraphDestroy(graph));
+      // Uploaded now: an upload while a peer's kernel spins on this rank would wait for that kernel.
+      CHECK(cudaGraphUpload(executables[r], device.stream[r]));
     }
+    CHECK(cudaDeviceSynchronize());
   }
   ~Graphs() {
     for (auto executable : executables) CHECK(cudaGraphExecDestroy(executable));

@@ -56,8 +56,8 @@ __device__ __forceinline__ void arrive(uint32_t* state, uint32_t epoch) {
 
 template <int N>
 __global__ void oneshot(const uint4* in, uint4* out, Pointers p, unsigned rank, size_t lines) {
-  twoshot::griddepcontrol_launch_dependents();
   twoshot::griddepcontrol_wait();
+  twoshot::griddepcontrol_launch_dependents();
   const uint32_t epoch = *static_cast<volatile uint32_t*>(p.state[rank]);
   const size_t stride = lines * 16, current = epoch % 3 * stride * N, next = (epoch + 1) % 3 * stride * N;
   const uint4 sentinel = {TWOSHOT_SENTINEL, TWOSHOT_SENTINEL, TWOSHOT_SENTINEL, TWOSHOT_SENTINEL};
@@ -79,8 +79,8 @@ __global__ void oneshot(const uint4* in, uint4* out, Pointers p, unsigned rank, 
 
 template <int N>
 __global__ void twoshot(const uint4* in, uint4* out, Pointers p, unsigned rank, size_t lines) {
-  ::twoshot::griddepcontrol_launch_dependents();
   ::twoshot::griddepcontrol_wait();
+  ::twoshot::griddepcontrol_launch_dependents();
   const uint32_t epoch = *static_cast<volatile uint32_t*>(p.state[rank]);
   const size_t shard = lines / N, stride = shard * 16, half = stride * N;
   const size_t current = epoch % 3 * 2 * half, next = (epoch + 1) % 3 * 2 * half;

@@ -163,10 +163,21 @@ fn boundary(kernel: &Kernel, report: &mut dyn FnMut(Rule, usize, &str)) {
     let memory = |instruction: &Instruction| {
         ["ld", "st", "atom", "red", "multimem"].contains(&instruction.base()) && !instruction.has("param")
     };
-    let trigger = kernel.instructions.iter().position(|found| found.opcode == "griddepcontrol.launch_dependents");
-    let first = kernel.instructions.iter().position(|found| memory(found) || found.base() == "bra");
-    if trigger.is_none() || trigger > first {
-        report(Rule::Boundary, 0, "launch_dependents must begin the kernel");
+    // A launch that triggers before it has waited lets its successor in, which triggers too: the GPU fills with waiting
+    // blocks, and the kernel that a peer waits for finds no place.
+    let opcodes: Vec<&str> = kernel.instructions.iter().map(|found| found.opcode.as_str()).collect();
+    let (wait, trigger) = ("griddepcontrol.wait", "griddepcontrol.launch_dependents");
+    if !opcodes.contains(&trigger) {
+        report(Rule::Boundary, 0, "launch_dependents is missing");
+    }
+    for (i, pair) in opcodes.windows(2).enumerate() {
+        if (pair[0] == wait) != (pair[1] == trigger) {
+            report(
+                Rule::Boundary,
+                kernel.instructions[i + 1].line,
+                "launch_dependents must follow griddepcontrol.wait at once",
+            );
+        }
     }
     // On every path, not only in the order of the text: whether the wait lies behind is carried along the branches.
     // None: not reached. Where paths meet, the one without the wait counts.
