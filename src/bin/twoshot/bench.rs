@@ -42,9 +42,9 @@ pub struct Bench {
     /// These sizes instead, such as 1K,64K,1M
     #[arg(long, value_parser = sizes::parse, value_delimiter = ',', value_name = "LIST")]
     sizes: Vec<u64>,
-    /// Timed repetitions; 0 only verifies
-    #[arg(long, default_value_t = 9)]
-    repetitions: u32,
+    /// Timed repetitions; 0 only verifies [default: 9; 0 on simulated GPUs, where the times are thrown away]
+    #[arg(long)]
+    repetitions: Option<u32>,
     /// Calls of one repetition [default: 100 for small sizes down to 5 for large ones]
     #[arg(long)]
     calls: Option<u32>,
@@ -104,8 +104,8 @@ pub fn main(bench: &Bench) -> i32 {
 }
 
 impl Bench {
-    fn mode(&self) -> &'static str {
-        if self.simulated {
+    fn mode(&self, simulated: bool) -> &'static str {
+        if simulated {
             "simulated"
         } else if self.shared_gpu.is_some() {
             "shared-gpu"
@@ -121,12 +121,14 @@ impl Bench {
         if sizes.is_empty() || sizes.contains(&0) {
             return Err("no size to run: --min is above --max, or a size is 0".to_owned());
         }
-        let repetitions = if self.simulated { 0 } else { self.repetitions };
+        let repetitions = self.repetitions.unwrap_or(if self.simulated { 0 } else { 9 });
         // Ranks that share a GPU take turns of milliseconds: few calls say all there is to say.
         let calls = self.calls.or(self.shared_gpu.map(|_| 3));
         let seed = match self.seed {
             Some(seed) => seed,
-            None => u64::from_le_bytes(twoshot::handoff::random().map_err(|e| e.to_string())?[..8].try_into().unwrap_or_default()),
+            None => u64::from_le_bytes(
+                twoshot::handoff::random().map_err(|e| e.to_string())?[..8].try_into().unwrap_or_default(),
+            ),
         };
         Ok(Plan { sizes, dtypes: self.dtype.clone(), repetitions, calls, checks: self.checks.max(1), seed })
     }
@@ -170,6 +172,12 @@ impl Bench {
     }
 }
 
+/// Simulated GPUs have no speed, whatever the options say.
+fn in_simulator(givens: &[Given]) -> bool {
+    const SIGN: &str = "TWOSHOT_SIM_DIR";
+    std::env::var_os(SIGN).is_some() || givens.iter().any(|given| given.environment.contains_key(SIGN))
+}
+
 /// The library that stock calls go to, opened here once to be sure of it.
 pub fn stock(given: Option<&Path>) -> Result<(PathBuf, i32), String> {
     let mut first = None;
@@ -185,7 +193,9 @@ pub fn stock(given: Option<&Path>) -> Result<(PathBuf, i32), String> {
         }
     }
     let why = first.unwrap_or_default();
-    Err(format!("no stock NCCL: {why}; give --nccl PATH (PyTorch brings one: .../site-packages/nvidia/nccl/lib/libnccl.so.2)"))
+    Err(format!(
+        "no stock NCCL: {why}; give --nccl PATH (PyTorch brings one: .../site-packages/nvidia/nccl/lib/libnccl.so.2)"
+    ))
 }
 
 fn run(bench: &Bench) -> Result<i32, String> {
@@ -195,16 +205,21 @@ fn run(bench: &Bench) -> Result<i32, String> {
     if givens.len() < 2 {
         return Err(format!("AllReduce needs 2 ranks, there is {} (see --shared-gpu)", givens.len()));
     }
+    let simulated = bench.simulated || in_simulator(&givens);
     // A simulated NCCL can only be opened where its simulated driver is found, which is in the ranks.
     let nccl = match &bench.nccl {
         Some(path) => std::fs::canonicalize(path).map_err(|error| format!("{}: {error}", path.display()))?,
         None => stock(None)?.0,
     };
-    let places: Vec<_> = givens.iter().enumerate().map(|(i, given)| place(bench, &plan, &library, &nccl, (i, givens.len()), given)).collect();
+    let places: Vec<_> = givens
+        .iter()
+        .enumerate()
+        .map(|(i, given)| place(bench, &plan, &library, &nccl, (i, givens.len()), given))
+        .collect();
     let mut record = Record {
         format: FORMAT,
         date: now(),
-        mode: bench.mode(),
+        mode: bench.mode(simulated),
         gpu: String::new(),
         arch: 0,
         ranks: places.len() as u32,
@@ -216,12 +231,12 @@ fn run(bench: &Bench) -> Result<i32, String> {
         twoshot: String::new(),
         commit: commit(),
         environment: environment(bench),
-        repetitions: plan.repetitions,
+        repetitions: if simulated { 0 } else { plan.repetitions },
         rows: Vec::new(),
     };
     let limits = (Duration::from_secs(bench.patience), Duration::from_secs(bench.deadline));
     let mut ranks = Ranks::start(&places, limits.0, limits.1)?;
-    let outcome = listen(&mut ranks, &mut record, plan.repetitions > 0);
+    let outcome = listen(&mut ranks, &mut record, plan.repetitions > 0 && !simulated);
     // What was found before a failure is worth keeping.
     if let Some(path) = &bench.json
         && (outcome.is_ok() || !record.rows.is_empty())
@@ -233,7 +248,14 @@ fn run(bench: &Bench) -> Result<i32, String> {
     Ok(verdict(bench, &record))
 }
 
-fn place(bench: &Bench, plan: &Plan, library: &Path, nccl: &Path, (rank, ranks): (usize, usize), given: &Given) -> Place {
+fn place(
+    bench: &Bench,
+    plan: &Plan,
+    library: &Path,
+    nccl: &Path,
+    (rank, ranks): (usize, usize),
+    given: &Given,
+) -> Place {
     let task = Task {
         rank: rank as u32,
         ranks: ranks as u32,
@@ -248,7 +270,9 @@ fn place(bench: &Bench, plan: &Plan, library: &Path, nccl: &Path, (rank, ranks):
         environment.push(set("NCCL_NVLS_ENABLE", "0".into()));
     }
     // A twoshot in front of the stock library would make both columns the same.
-    environment.extend(["LD_PRELOAD", "NCCL_NET_PLUGIN"].iter().filter(|name| names_twoshot(name)).map(|name| ((*name).into(), None)));
+    environment.extend(
+        ["LD_PRELOAD", "NCCL_NET_PLUGIN"].iter().filter(|name| names_twoshot(name)).map(|name| ((*name).into(), None)),
+    );
     environment.extend(given.environment.iter().map(|(name, value)| set(name, value.into())));
     Place { task, environment }
 }
@@ -277,7 +301,7 @@ fn listen(ranks: &mut Ranks, record: &mut Record, timed: bool) -> Result<(), Str
                 rows[rank].push(row);
                 let line = record.rows.len();
                 let complete = rows.iter().map(|rows| rows.get(line).cloned()).collect::<Option<Vec<_>>>();
-                if let Some(row) = complete.as_deref().and_then(Row::merge) {
+                if let Some(row) = complete.as_deref().and_then(|ranks| Row::merge(ranks, timed)) {
                     say(&format_row(&row, timed));
                     if let Some(note) = &row.wrong_note {
                         say(&format!("         WRONG: {note}"));
@@ -341,7 +365,8 @@ fn commit() -> Option<String> {
 
 /// NCCL's and twoshot's variables as rank 0 meets them, paths of this machine left out.
 fn environment(bench: &Bench) -> BTreeMap<String, String> {
-    let inherited = std::env::vars_os().map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()));
+    let inherited = std::env::vars_os()
+        .map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()));
     let mut all: BTreeMap<_, _> = inherited.chain(bench.rank_environment(0)).collect();
     if bench.no_multicast {
         all.insert("NCCL_NVLS_ENABLE".to_owned(), "0".to_owned());
@@ -379,8 +404,15 @@ mod tests {
     }
 
     #[test]
-    fn a_simulated_run_times_nothing() {
-        assert_eq!(parsed("--simulated --repetitions 50").plan().unwrap().repetitions, 0);
+    fn a_simulated_run_times_nothing_unless_asked_to_go_through_the_motions() {
+        assert_eq!(parsed("--simulated").plan().unwrap().repetitions, 0);
+        assert_eq!(parsed("").plan().unwrap().repetitions, 9);
+    }
+
+    #[test]
+    fn a_place_in_the_simulator_makes_the_run_a_simulated_one() {
+        let environment = BTreeMap::from([("TWOSHOT_SIM_DIR".to_owned(), "/x".to_owned())]);
+        assert!(in_simulator(&[Given { device: 0, environment }]));
     }
 
     #[test]

@@ -34,8 +34,8 @@ const CAPTURE_THREAD_LOCAL: c_int = 1;
 
 fn load() -> Result<Api, String> {
     // SAFETY: libcuda's initialisers have no preconditions; every CUDA program runs them.
-    let library = unsafe { libloading::Library::new("libcuda.so.1") }
-        .map_err(|error| format!("no CUDA driver: {error}"))?;
+    let library =
+        unsafe { libloading::Library::new("libcuda.so.1") }.map_err(|error| format!("no CUDA driver: {error}"))?;
     let library: &'static libloading::Library = Box::leak(Box::new(library));
     macro_rules! symbol {
         ($($name:literal)|+) => {{

@@ -70,8 +70,9 @@ impl Ranks {
             std::thread::spawn(move || {
                 for line in BufReader::new(stdout).lines().map_while(Result::ok) {
                     // Nothing but messages travels here; what is none would be a rank that broke.
-                    let message = serde_json::from_str(&line)
-                        .unwrap_or_else(|error| Message::Failed { message: format!("unreadable message: {error}: {line}") });
+                    let message = serde_json::from_str(&line).unwrap_or_else(|error| Message::Failed {
+                        message: format!("unreadable message: {error}: {line}"),
+                    });
                     if to.send((rank, Heard::Message(Box::new(message)))).is_err() {
                         return;
                     }
@@ -119,7 +120,11 @@ impl Ranks {
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    let why = if Instant::now() >= self.end { "the time for the whole run is over" } else { "no rank was heard for too long" };
+                    let why = if Instant::now() >= self.end {
+                        "the time for the whole run is over"
+                    } else {
+                        "no rank was heard for too long"
+                    };
                     return Err(self.silence(why));
                 }
                 Err(RecvTimeoutError::Disconnected) => return Err("all ranks ended".to_owned()),
@@ -174,12 +179,16 @@ impl Ranks {
 
 impl Drop for Ranks {
     fn drop(&mut self) {
+        // Only processes that still run are left; those that ended have been waited for or are now.
+        self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
         for child in &mut self.children {
-            // Only processes that still run are left here; those that ended have been or will be waited for.
-            if matches!(child.try_wait(), Ok(None)) {
-                let _ = child.kill();
-                let _ = child.wait();
-            }
+            let _ = child.kill();
+        }
+        // A process can stay inside the kernel driver for a while; that is no reason to stay with it.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !self.children.is_empty() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+            self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
         }
     }
 }

@@ -46,7 +46,9 @@ pub fn nccl_candidates(given: Option<&Path>) -> Vec<PathBuf> {
         return vec![path];
     }
     let environments = ["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(|name| variable(name));
-    let wheels = environments.chain([PathBuf::from(".venv"), PathBuf::from("/usr/local"), PathBuf::from("/usr")]).flat_map(|root| in_wheels(&root));
+    let wheels = environments
+        .chain([PathBuf::from(".venv"), PathBuf::from("/usr/local"), PathBuf::from("/usr")])
+        .flat_map(|root| in_wheels(&root));
     std::iter::once(PathBuf::from(NCCL)).chain(wheels).collect()
 }
 

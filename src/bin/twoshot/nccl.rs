@@ -37,7 +37,8 @@ impl Nccl {
     pub fn open(path: &Path) -> Result<&'static Self, String> {
         let shown = path.display();
         // SAFETY: an NCCL by the user's word; its constructors run, as in every program that uses it.
-        let library = unsafe { libloading::Library::new(path) }.map_err(|error| format!("cannot open {shown}: {error}"))?;
+        let library =
+            unsafe { libloading::Library::new(path) }.map_err(|error| format!("cannot open {shown}: {error}"))?;
         let library: &'static libloading::Library = Box::leak(Box::new(library));
         macro_rules! symbol {
             ($name:literal) => {

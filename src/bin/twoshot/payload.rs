@@ -118,7 +118,8 @@ pub fn checked_ranges(count: u64, limit: u64, seed: u64) -> Vec<std::ops::Range<
 impl Payload {
     /// The bits of one element of one rank.
     fn element(&self, rank: u32, index: u64) -> u32 {
-        let random = mix(mix(self.seed ^ (u64::from(rank) << 48)).wrapping_add(index.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+        let random =
+            mix(mix(self.seed ^ (u64::from(rank) << 48)).wrapping_add(index.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
         match self.kind {
             Kind::Bits => random as u32 & if self.dtype == Dtype::F32 { u32::MAX } else { 0xffff },
             Kind::Numbers => match random >> 56 {
@@ -170,12 +171,13 @@ impl Payload {
             let bits = chunk.iter().rev().fold(0u32, |bits, byte| bits << 8 | u32::from(*byte));
             let index = first + i as u64;
             let (expected, magnitude) = self.expected(ranks, index);
-            let good = bits == expected || !exact && {
-                let (got, expected) = (f64::from(self.dtype.value(bits)), f64::from(self.dtype.value(expected)));
-                // A subnormal result may be rounded up to a whole step of the smallest number.
-                let tolerance = magnitude * self.dtype.epsilon() * f64::from(ranks) + 1e-7 * f64::from(ranks);
-                (got - expected).abs() <= tolerance
-            };
+            let good = bits == expected
+                || !exact && {
+                    let (got, expected) = (f64::from(self.dtype.value(bits)), f64::from(self.dtype.value(expected)));
+                    // A subnormal result may be rounded up to a whole step of the smallest number.
+                    let tolerance = magnitude * self.dtype.epsilon() * f64::from(ranks) + 1e-7 * f64::from(ranks);
+                    (got - expected).abs() <= tolerance
+                };
             if !good {
                 wrong += 1;
                 note.get_or_insert_with(|| {

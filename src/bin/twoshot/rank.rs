@@ -143,7 +143,10 @@ fn run(task: Task, mut parent: Parent) -> Result<(), String> {
     // A rank that gives up leaves everything to the end of its process: releasing could wait for its peers.
     let mut rank = ManuallyDrop::new(rank);
     rank.work(|rank| facts_of(rank, nccl, &facts.uuid, facts.arch, &twoshot))?;
-    let Rank { routed, stock, .. } = ManuallyDrop::into_inner(rank);
+    // Named, so that the context and the memory go after the communicators.
+    let Rank {
+        routed, stock, stream: _stream, input: _input, output: _output, words: _words, _context, _entered, ..
+    } = ManuallyDrop::into_inner(rank);
     routed.destroy()?;
     stock.destroy()
 }

@@ -30,8 +30,13 @@ impl Figure {
         sorted.sort_by(f64::total_cmp);
         let (min, max) = (*sorted.first()?, *sorted.last()?);
         let (low, high) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() / 2]);
-        Some(Self { median: (low + high) / 2.0, min, max })
+        Some(Self { median: rounded((low + high) / 2.0), min: rounded(min), max: rounded(max) })
     }
+}
+
+/// Nanoseconds are more than any of the clocks knows.
+fn rounded(value: f64) -> f64 {
+    (value * 1e3).round() / 1e3
 }
 
 /// Times of one path.
@@ -50,6 +55,7 @@ pub struct Row {
     pub count: u64,
     /// `routed`, `stock`, or `mixed`.
     pub route: &'static str,
+    /// Calls through libtwoshot.so that every rank verified.
     pub verified_calls: u64,
     pub compared_elements: u64,
     /// Of stock NCCL, of the calls through libtwoshot.so, and the first of them in words.
@@ -69,8 +75,8 @@ pub struct Row {
 }
 
 impl Row {
-    /// Merges the rows that all ranks sent for one size.
-    pub fn merge(ranks: &[RankRow]) -> Option<Self> {
+    /// Merges the rows that all ranks sent for one size; without `timed` whatever they timed is thrown away.
+    pub fn merge(ranks: &[RankRow], timed: bool) -> Option<Self> {
         let first = ranks.first()?;
         let total = |value: fn(&RankRow) -> u64| ranks.iter().map(value).sum::<u64>();
         let (routed, stock) = (total(|r| r.routed_calls), total(|r| r.stock_calls));
@@ -81,10 +87,10 @@ impl Row {
             };
             Some(Times { eager: figure(|s| &s.eager)?, graph: figure(|s| &s.graph)?, host: figure(|s| &s.host)? })
         };
-        let (stock_us, routed_us) = (times(|r| &r.stock), times(|r| &r.routed));
+        let [stock_us, routed_us] = [times(|r| &r.stock), times(|r| &r.routed)].map(|times| times.filter(|_| timed));
         let ratio = |pick: fn(&Times) -> Figure| {
             let (stock, routed) = (pick(stock_us.as_ref()?).median, pick(routed_us.as_ref()?).median);
-            (routed > 0.0).then_some(stock / routed)
+            (routed > 0.0).then(|| rounded(stock / routed))
         };
         Some(Self {
             dtype: first.dtype,
@@ -95,7 +101,7 @@ impl Row {
                 (0, _) => "stock",
                 _ => "mixed",
             },
-            verified_calls: routed + stock,
+            verified_calls: first.routed_calls + first.stock_calls,
             compared_elements: total(|r| r.compared),
             wrong_stock: total(|r| r.wrong_stock),
             wrong_routed: total(|r| r.wrong_routed),
@@ -127,6 +133,8 @@ pub struct Record {
     pub driver: String,
     pub cuda: i32,
     pub nccl: i32,
+    /// Shown, not stored: a record must not depend on where things lie.
+    #[serde(skip)]
     pub nccl_path: String,
     pub twoshot: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -208,8 +216,17 @@ pub fn head(timed: bool) -> String {
 
 fn columns(timed: bool) -> (&'static [&'static str], &'static [usize]) {
     const TIMED: &[&str] = &[
-        "bytes", "type", "stock eager", "routed eager", "ratio", "stock graph", "routed graph", "ratio", "host us",
-        "route", "wrong",
+        "bytes",
+        "type",
+        "stock eager",
+        "routed eager",
+        "ratio",
+        "stock graph",
+        "routed graph",
+        "ratio",
+        "host us",
+        "route",
+        "wrong",
     ];
     const TIMED_WIDTHS: &[usize] = &[8, 5, 12, 12, 6, 12, 12, 6, 11, 7, 6];
     const VERIFIED: &[&str] = &["bytes", "type", "calls", "elements", "route", "wrong"];
@@ -286,17 +303,17 @@ mod tests {
 
     #[test]
     fn ranks_merge_into_one_row_with_its_ratio_and_route() {
-        let row = Row::merge(&[rank_row(&[2.0, 4.0], 5, 0), rank_row(&[3.0, 3.0], 5, 0)]).unwrap();
-        assert_eq!((row.route, row.verified_calls, row.compared_elements), ("routed", 10, 65536));
+        let row = Row::merge(&[rank_row(&[2.0, 4.0], 5, 0), rank_row(&[3.0, 3.0], 5, 0)], true).unwrap();
+        assert_eq!((row.route, row.verified_calls, row.compared_elements), ("routed", 5, 65536));
         assert_eq!(row.ratio_eager, Some(3.0));
-        assert_eq!(Row::merge(&[rank_row(&[1.0], 0, 5)]).unwrap().route, "stock");
-        assert_eq!(Row::merge(&[rank_row(&[1.0], 1, 5)]).unwrap().route, "mixed");
+        assert_eq!(Row::merge(&[rank_row(&[1.0], 0, 5)], true).unwrap().route, "stock");
+        assert_eq!(Row::merge(&[rank_row(&[1.0], 1, 5)], true).unwrap().route, "mixed");
     }
 
     #[test]
     fn table_lines_stand_under_their_titles() {
         for timed in [true, false] {
-            let row = Row::merge(&[rank_row(&[2.0], 5, 0)]).unwrap();
+            let row = Row::merge(&[rank_row(&[2.0], 5, 0)], true).unwrap();
             let (head, line) = (head(timed), format_row(&row, timed));
             assert_eq!(head.len(), line.len(), "\n{head}\n{line}");
             assert!(line.starts_with("     64K  bf16"), "{line}");
@@ -306,9 +323,12 @@ mod tests {
 
     #[test]
     fn a_row_that_was_not_timed_prints_no_time_and_stores_none() {
-        let row = Row::merge(&[rank_row(&[], 5, 0)]).unwrap();
-        let stored = serde_json::to_string(&row).unwrap();
-        assert!(!stored.contains("_us") && !stored.contains("ratio"), "{stored}");
+        let none = Row::merge(&[rank_row(&[], 5, 0)], true).unwrap();
+        let discarded = Row::merge(&[rank_row(&[2.0], 5, 0)], false).unwrap();
+        for row in [none, discarded] {
+            let stored = serde_json::to_string(&row).unwrap();
+            assert!(!stored.contains("_us") && !stored.contains("ratio"), "{stored}");
+        }
     }
 
     #[test]

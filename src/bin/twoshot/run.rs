@@ -122,7 +122,11 @@ fn shell(settings: &[(&str, OsString)], command: &[OsString]) -> String {
 fn quoted(word: &OsStr) -> String {
     let text = word.to_string_lossy();
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:,=+@%".contains(c);
-    if !text.is_empty() && text.chars().all(plain) { text.into_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
+    if !text.is_empty() && text.chars().all(plain) {
+        text.into_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
 }
 
 #[cfg(test)]
@@ -161,7 +165,8 @@ mod tests {
     #[test]
     fn the_path_door_names_the_library_and_the_stock_one_behind_it() {
         let with = composed(Door::Path, Some("/x/libnccl.so.2"), &[("VLLM_NCCL_SO_PATH", "/x/libnccl.so.2")]);
-        let expected = [("VLLM_NCCL_SO_PATH", LIBRARY.to_owned()), ("TWOSHOT_NCCL_LIBRARY", "/x/libnccl.so.2".to_owned())];
+        let expected =
+            [("VLLM_NCCL_SO_PATH", LIBRARY.to_owned()), ("TWOSHOT_NCCL_LIBRARY", "/x/libnccl.so.2".to_owned())];
         assert_eq!(with, expected);
     }
 

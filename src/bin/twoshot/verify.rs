@@ -71,7 +71,9 @@ fn seed(rank: &Rank, row: &RankRow, path: Path, number: u32, captured: bool) -> 
 fn place(rank: &Rank, path: Path, dtype: Dtype, number: u32) -> Place {
     let element = dtype.size() as u64;
     let shift = |salt: u64| match path {
-        Path::Routed if number % 4 >= 2 => (u64::from(rank.task.rank) + salt + u64::from(number)) % (16 / element) * element,
+        Path::Routed if number % 4 >= 2 => {
+            (u64::from(rank.task.rank) + salt + u64::from(number)) % (16 / element) * element
+        }
         _ => 0,
     };
     Place { in_place: number % 2 == 1, input_shift: shift(1), output_shift: shift(4) }

@@ -1,0 +1,256 @@
+//! `twoshot doctor`: one screen that says whether AllReduce over the visible GPUs would be routed, and if not, why and
+//! what to do. It looks and probes; it changes nothing and makes no multicast call.
+#![forbid(unsafe_code)]
+
+mod gpu;
+mod host;
+
+use std::io::Write;
+
+use clap::Args;
+use serde::Serialize;
+use twoshot::config::Config;
+use twoshot::decline::Decline;
+use twoshot::domain::merge;
+use twoshot::table::{World, row};
+
+use crate::sizes;
+
+/// Say whether AllReduce over the visible GPUs would be routed, and if not, why
+#[derive(Args, Debug)]
+pub struct Doctor {
+    /// For programs
+    #[arg(long)]
+    json: bool,
+}
+
+/// How a finding bears on the verdict.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Mark {
+    Ok,
+    /// Neither good nor bad.
+    Info,
+    /// Works, but not as it could, or not everywhere.
+    Warn,
+    /// Keeps AllReduce with stock NCCL.
+    Fail,
+}
+
+/// One line.
+#[derive(Clone, Debug, Serialize)]
+struct Finding {
+    mark: Mark,
+    topic: &'static str,
+    text: String,
+}
+
+/// What was found, in the order in which it is shown.
+#[derive(Debug, Default, Serialize)]
+struct Findings(Vec<Finding>);
+
+impl Findings {
+    fn add(&mut self, mark: Mark, topic: &'static str, text: impl Into<String>) {
+        self.0.push(Finding { mark, topic, text: text.into() });
+    }
+}
+
+/// The end of it.
+#[derive(Debug, Serialize)]
+struct Verdict {
+    routed: bool,
+    /// `twoshot::decline`'s word, where one applies.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'static str>,
+    text: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    version: &'static str,
+    findings: Findings,
+    verdict: Verdict,
+}
+
+/// Runs it; the exit code is 0 when AllReduce over the visible GPUs would be routed, else 1.
+pub fn main(doctor: &Doctor) -> i32 {
+    let report = examine();
+    let mut out = std::io::stdout().lock();
+    // A reader that went away changes nothing about the verdict.
+    let _ = if doctor.json {
+        serde_json::to_writer_pretty(&mut out, &report).map_err(std::io::Error::other).and_then(|()| writeln!(out))
+    } else {
+        write!(out, "{}", shown(&report))
+    };
+    i32::from(!report.verdict.routed)
+}
+
+fn examine() -> Report {
+    let mut findings = Findings::default();
+    let parsed = Config::parse(|name| std::env::var_os(name));
+    let invalid = parsed.as_ref().err().map(ToString::to_string);
+    let config = parsed.unwrap_or_default();
+    let gpus = gpu::examine(&mut findings, &config);
+    host::libraries(&mut findings);
+    host::variables(&mut findings, &config, invalid.as_deref());
+    let host = host::container(&mut findings, &config);
+    let verdict = verdict(&mut findings, &config, invalid, gpus, host);
+    Report { version: env!("CARGO_PKG_VERSION"), findings, verdict }
+}
+
+/// The library's own merge of all ranks' facts decides, so that doctor cannot say something else than set-up will.
+fn verdict(
+    findings: &mut Findings,
+    config: &Config,
+    invalid: Option<String>,
+    gpus: Result<gpu::Gpus, String>,
+    host: Result<(), (Decline, String)>,
+) -> Verdict {
+    let declined = |reason: Decline, detail: &str| Verdict {
+        routed: false,
+        reason: Some(reason.name()),
+        text: if detail.is_empty() { reason.hint().to_owned() } else { format!("{} ({detail})", reason.hint()) },
+    };
+    let gpus = match gpus {
+        Ok(gpus) => gpus,
+        Err(why) => return declined(Decline::Probe, &why),
+    };
+    if let Some(message) = invalid {
+        return declined(Decline::InvalidConfig, &message);
+    }
+    if !config.enable || config.mode == twoshot::config::Mode::Off {
+        let detail = if config.enable { "TWOSHOT_MODE=off" } else { "" };
+        return declined(Decline::Disabled, detail);
+    }
+    if let Some(words) = config.forbidden {
+        return declined(Decline::Forbidden, words);
+    }
+    let ranks = gpus.facts.len();
+    let domain = match merge(&gpus.facts.iter().map(twoshot::wire::Facts::encode).collect::<Vec<_>>()) {
+        Ok(domain) => domain,
+        Err(refusal) => {
+            let detail = if ranks < 2 { format!("{ranks} visible") } else { format!("GPU {}", refusal.rank) };
+            return declined(refusal.reason, &detail);
+        }
+    };
+    if let Some((reason, detail)) = gpus.refusal {
+        return declined(reason, &detail);
+    }
+    if let Err((reason, detail)) = host {
+        return declined(reason, &detail);
+    }
+    let limits = row(World { ranks: ranks as u32, arch: domain.arch, multicast: domain.multicast });
+    let (one, two) =
+        (config.oneshot_max_bytes.unwrap_or(limits.oneshot_bytes), config.max_bytes.unwrap_or(limits.twoshot_bytes));
+    let source = limits.source.name();
+    let way = if domain.multicast { "multicast, else unicast" } else { "unicast" };
+    findings.add(
+        Mark::Info,
+        "cross-over",
+        format!(
+            "one-shot to {}, two-shot to {}, stock above ({source}; {way})",
+            sizes::format(one.min(two)),
+            sizes::format(two)
+        ),
+    );
+    let text = format!(
+        "AllReduce of f32, f16 and bf16 sums up to {} over the {ranks} visible GPUs would be routed",
+        sizes::format(two)
+    );
+    Verdict { routed: true, reason: None, text }
+}
+
+fn shown(report: &Report) -> String {
+    let mut text = format!("twoshot {}\n", report.version);
+    let mut last = "";
+    for Finding { mark, topic, text: words } in &report.findings.0 {
+        let mark = match mark {
+            Mark::Ok => "ok  ",
+            Mark::Info => "    ",
+            Mark::Warn => "warn",
+            Mark::Fail => "FAIL",
+        };
+        let topic = if *topic == last { "" } else { topic };
+        text.push_str(&format!("{mark} {topic:<12} {words}\n"));
+        if !topic.is_empty() {
+            last = topic;
+        }
+    }
+    let Verdict { routed, reason, text: words } = &report.verdict;
+    let verdict = match (routed, reason) {
+        (true, _) => "ROUTED".to_owned(),
+        (false, Some(reason)) => format!("STOCK NCCL, {reason}"),
+        (false, None) => "STOCK NCCL".to_owned(),
+    };
+    text.push_str(&format!("\n{verdict}: {words}\n"));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use twoshot::driver::FabricFacts;
+    use twoshot::wire::Facts;
+
+    fn gpus(count: u32, change: impl Fn(&mut Facts)) -> gpu::Gpus {
+        let facts = (0..count).map(|rank| {
+            let fabric = FabricFacts { completed: true, ..FabricFacts::default() };
+            let mut facts = Facts {
+                ranks: count,
+                rank,
+                gpu: [rank as u8 + 1; 16],
+                arch: 90,
+                blocks: 132,
+                vmm: true,
+                fd_handles: true,
+                fabric,
+                ..Facts::default()
+            };
+            change(&mut facts);
+            facts
+        });
+        gpu::Gpus { facts: facts.collect(), refusal: None }
+    }
+
+    fn judged(config: Config, gpus: Result<gpu::Gpus, String>) -> Verdict {
+        verdict(&mut Findings::default(), &config, None, gpus, Ok(()))
+    }
+
+    #[test]
+    fn four_linked_gpus_are_routed() {
+        let verdict = judged(Config::default(), Ok(gpus(4, |_| {})));
+        assert!(verdict.routed && verdict.reason.is_none() && verdict.text.contains("4 visible GPUs"));
+    }
+
+    #[test]
+    fn every_obstacle_is_named_by_its_reason() {
+        let reason = |config, gpus| judged(config, gpus).reason;
+        let fine = || Ok(gpus(4, |_| {}));
+        let set = |change: fn(&mut Config)| {
+            let mut config = Config::default();
+            change(&mut config);
+            config
+        };
+        assert_eq!(reason(Config::default(), Err("no driver".to_owned())), Some("probe"));
+        assert_eq!(reason(Config::default(), Ok(gpus(1, |_| {}))), Some("one-rank"));
+        assert_eq!(reason(Config::default(), Ok(gpus(2, |f| f.arch = 80))), Some("architecture"));
+        assert_eq!(reason(Config::default(), Ok(gpus(2, |f| f.fd_handles = false))), Some("no-virtual-memory"));
+        assert_eq!(reason(set(|c| c.enable = false), fine()), Some("disabled"));
+        assert_eq!(reason(set(|c| c.mode = twoshot::config::Mode::Off), fine()), Some("disabled"));
+        assert_eq!(reason(set(|c| c.forbidden = Some("NCCL_P2P_DISABLE=1")), fine()), Some("forbidden"));
+        let unlinked =
+            gpu::Gpus { refusal: Some((Decline::NoNvlink, "GPU 0 and GPU 1".to_owned())), ..gpus(2, |_| {}) };
+        assert_eq!(reason(Config::default(), Ok(unlinked)), Some("no-nvlink"));
+    }
+
+    #[test]
+    fn a_screen_shows_a_topic_once_and_ends_with_the_verdict() {
+        let mut findings = Findings::default();
+        findings.add(Mark::Ok, "GPU", "first");
+        findings.add(Mark::Fail, "GPU", "second");
+        let verdict = Verdict { routed: false, reason: Some("no-nvlink"), text: "words".to_owned() };
+        let text = shown(&Report { version: "1.2.3", findings, verdict });
+        assert_eq!(text.lines().filter(|line| line.contains("GPU")).count(), 1);
+        assert!(text.ends_with("STOCK NCCL, no-nvlink: words\n"), "{text}");
+    }
+}
