@@ -13,9 +13,11 @@ use parking_lot::Mutex;
 use crate::config::Config;
 use crate::counters::Counters;
 use crate::domain::Declined;
+use crate::driver::Context;
+use crate::driver::Fault;
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
-use crate::setup::{Established, HostIdentity, Request, establish};
+use crate::setup::{Established, Request, establish};
 use crate::{info, warning};
 pub use ready::{Buffers, Ready};
 
@@ -52,6 +54,7 @@ pub struct Communicator {
     busy: AtomicBool,
     ready: OnceLock<Arc<Ready>>,
     hints: Hints,
+    told: AtomicBool,
     /// Its calls.
     pub counters: Counters,
 }
@@ -72,6 +75,15 @@ impl Communicator {
         self.hints
     }
 
+    /// The fault that one of its kernels reported, logged when it is seen for the first time.
+    pub fn fault(&self, ready: &Ready) -> Option<Fault> {
+        let fault = ready.fault()?;
+        if !self.told.swap(true, Ordering::Relaxed) {
+            warning!(ready.device(), "rank {}/{}: a kernel reported {fault}", ready.rank(), ready.agreement().ranks);
+        }
+        Some(fault)
+    }
+
     /// Leaves it to stock NCCL without asking anybody: for what every rank finds alike before the first vote.
     pub fn decline(&self) {
         self.state.store(DECLINED, Ordering::Release);
@@ -83,23 +95,22 @@ impl Communicator {
     }
 
     /// Sets it up with its peers and latches the outcome: no later call tries again.
-    pub fn set_up(&self, exchange: &mut dyn Exchange, device: i32) -> Result<()> {
+    ///
+    /// `context` is the device's, or why there is none.
+    pub fn set_up(&self, exchange: &mut dyn Exchange, device: i32, context: Result<Arc<Context>>) -> Result<()> {
         let config = Config::get();
-        let request =
-            Request { device, max_blocks: self.hints.max_blocks, non_blocking: self.hints.non_blocking };
+        let request = Request { device, max_blocks: self.hints.max_blocks, non_blocking: self.hints.non_blocking };
         let (rank, ranks) = (exchange.rank(), exchange.ranks());
-        let outcome = HostIdentity::read(config).and_then(|identity| {
-            let context = crate::setup::context(device)?;
-            match establish(exchange, &context, request, config, &identity)? {
-                Ok(established) => {
-                    log_on(device, rank, &established);
-                    let ready = Ready::new(context, established, rank, config)?;
-                    Ok(Some(Arc::new(ready)))
-                }
-                Err(declined) => {
-                    log_off(device, rank, ranks, &declined, config);
-                    Ok(None)
-                }
+        let ours = context.as_ref().ok().map(Arc::clone);
+        let outcome = establish(exchange, context, request, config).map(|verdict| match (verdict, ours) {
+            (Ok(established), Some(context)) => {
+                log_on(device, rank, &established);
+                Some(Arc::new(Ready::new(context, established, rank, config)))
+            }
+            (Ok(_), None) => None,
+            (Err(declined), _) => {
+                log_off(device, rank, ranks, &declined, config);
+                None
             }
         });
         let state = match &outcome {
@@ -121,7 +132,7 @@ impl Communicator {
 fn log_on(device: i32, rank: u32, established: &Established) {
     let agreement = &established.agreement;
     let multicast = if established.workspace.has_multicast() { "multicast" } else { "unicast" };
-    let table = if established.row.measured { "measured" } else { "unmeasured world" };
+    let table = established.row.source.name();
     info!(
         device,
         "rank {rank}/{}: ON, {} host(s), {multicast}, handles {:?}, one-shot to {} B, two-shot to {} B, blocks {}, \
@@ -152,7 +163,21 @@ pub fn find(comm: usize) -> Arc<Communicator> {
     if let Some(found) = TABLE.load().get(&comm) {
         return Arc::clone(found);
     }
-    insert(comm, Hints::default(), false)
+    let hints = *UNSEEN.lock();
+    insert(comm, hints, false)
+}
+
+/// What was asked of communicators whose address is not known yet: NCCL fills in the result of a split or a shrink when
+/// it is complete, which may be long after the call. It holds for every communicator that is first seen at a call; the
+/// ranks vote, so what one rank assumes is common.
+static UNSEEN: Mutex<Hints> = Mutex::new(Hints { max_blocks: None, non_blocking: false });
+
+/// Remembers what was asked of a communicator that will be seen later.
+pub fn expected(hints: Hints) {
+    let mut unseen = UNSEEN.lock();
+    unseen.non_blocking |= hints.non_blocking;
+    let limits = [unseen.max_blocks, hints.max_blocks];
+    unseen.max_blocks = limits.into_iter().flatten().min();
 }
 
 /// A communicator was created at this address; whatever was known of an older one there is forgotten.
@@ -191,4 +216,22 @@ pub fn remove(comm: usize) -> Option<Arc<Communicator>> {
 /// The error of a communicator whose set-up broke off.
 pub fn lost() -> Error {
     Error::Peer { rank: u32::MAX, step: "set-up broke off" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_asked_of_a_communicator_not_seen_yet_holds_at_its_first_call() {
+        assert!(!find(16).hints().non_blocking);
+        expected(Hints { max_blocks: Some(8), non_blocking: false });
+        expected(Hints { max_blocks: None, non_blocking: true });
+        expected(Hints { max_blocks: Some(4), non_blocking: false });
+        let hints = find(32).hints();
+        assert!(hints.non_blocking && hints.max_blocks == Some(4));
+        assert!(!find(16).hints().non_blocking, "what is known stays");
+        created(48, Hints::default());
+        assert!(!find(48).hints().non_blocking, "what was seen is taken as it is");
+    }
 }

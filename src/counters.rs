@@ -16,10 +16,7 @@ pub struct Counters {
 impl Counters {
     /// All zero.
     pub const fn new() -> Self {
-        Self {
-            routed: [const { AtomicU64::new(0) }; 2],
-            stock: [const { AtomicU64::new(0) }; Reason::ALL.len()],
-        }
+        Self { routed: [const { AtomicU64::new(0) }; 2], stock: [const { AtomicU64::new(0) }; Reason::ALL.len()] }
     }
 
     /// One call of our kernel.

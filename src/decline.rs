@@ -78,4 +78,13 @@ mod tests {
         }
         assert_eq!(Decline::from_code(0), None);
     }
+
+    #[test]
+    fn the_troubleshooting_page_explains_every_reason() {
+        let page = include_str!("../docs/troubleshooting.md");
+        for reason in Decline::ALL {
+            let row = format!("| `{}` | {} |", reason.name(), reason.hint());
+            assert!(page.contains(&row), "docs/troubleshooting.md lacks: {row}");
+        }
+    }
 }

@@ -222,7 +222,8 @@ mod tests {
             if let Ok(domain) = merged(&facts) {
                 let one_host = rows.iter().all(|row| row.0 == rows[0].0);
                 let one_fabric = rows.iter().all(|row| row.1 != 0 && row.3 && (row.1, row.2) == (rows[0].1, rows[0].2));
-                prop_assert!(if domain.handle == HandleType::Fd { one_host } else { !one_host && one_fabric });
+                let joined = if domain.handle == HandleType::Fd { one_host } else { !one_host && one_fabric };
+                prop_assert!(joined);
             }
         }
     }

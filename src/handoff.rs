@@ -87,7 +87,8 @@ impl Desk {
     }
 
     /// Gives `give` to `callers` different peers and takes one descriptor from each of `take`, in that order.
-    /// `round` keeps two handoffs through the same desk apart.
+    /// `round` keeps two handoffs through the same desk apart; between two of them the ranks vote, so that no caller of
+    /// the next one comes while this one is served.
     pub fn trade(
         &self,
         rank: u32,

@@ -16,7 +16,7 @@ use std::time::Duration;
 use crate::config::Config;
 use crate::decline::Decline;
 use crate::domain::{Declined, Domain, merge};
-use crate::driver::{Context, Device, HandleType, Kernels, Module, Shareable, multicast_granularity};
+use crate::driver::{Context, Device, Event, HandleType, Kernels, Module, Shareable, multicast_granularity};
 use crate::error::{Error, Result};
 use crate::exchange::{Exchange, vote};
 use crate::handoff::{Desk, Peer};
@@ -28,6 +28,7 @@ use crate::trace;
 use crate::wire::Step;
 use crate::workspace::{Own, PeerHandle, Workspace, allocate};
 
+use known_answer::Checked;
 pub use probe::HostIdentity;
 
 /// A communicator ready for routed calls.
@@ -38,6 +39,8 @@ pub struct Established {
     pub kernels: Kernels,
     /// Shared memory.
     pub workspace: Workspace,
+    /// Marks the end of the last call.
+    pub last: Event,
     /// Number of hosts.
     pub hosts: u32,
     /// Bytes of this rank's window.
@@ -115,18 +118,21 @@ impl Ballot<'_> {
 /// Sets a communicator up. The outer error means that the ranks lost each other; the verdict is common.
 pub fn establish(
     exchange: &mut dyn Exchange,
-    context: &Arc<Context>,
+    context: Result<Arc<Context>>,
     request: Request,
     config: &Config,
-    identity: &HostIdentity,
 ) -> Result<Verdict> {
     let deadline = Duration::from_millis(config.setup_timeout_ms);
     let (rank, ranks) = (exchange.rank(), exchange.ranks());
-    let facts = probe::facts(rank, ranks, request, config, identity, deadline);
+    // What is missing already is a fact like the others: it is said, so that nobody waits.
+    let identity = HostIdentity::read(config);
+    let grounds = identity.as_ref().and_then(|identity| context.as_ref().map(|_| identity));
+    let facts = probe::facts(rank, ranks, request, config, grounds, deadline);
     let domain = match merge(&exchange.allgather(&facts.encode(), "the first step of set-up")?) {
         Ok(domain) => domain,
         Err(declined) => return Ok(Err(declined)),
     };
+    let context = &context?;
     let mut ballot = Ballot { exchange, device: request.device };
 
     let mut step = Step::new(number::PREPARE, rank);
@@ -161,6 +167,8 @@ pub fn establish(
         Err(declined) => return Ok(Err(declined)),
     };
 
+    // Peers may be opening it while this rank fails: it stays until all have spoken.
+    let kept = Arc::clone(&own.memory);
     let local = collect(&own, desk.as_ref(), rank, &steps, deadline)
         .and_then(|peers| map(context, plan.agreement.layout, own, rank, peers, align, deadline));
     let step = Step::new(number::MAP, rank);
@@ -168,6 +176,7 @@ pub fn establish(
         Ok((workspace, _)) => workspace,
         Err(declined) => return Ok(Err(declined)),
     };
+    drop(kept);
 
     let mut kernels = prepared.kernels;
     if domain.multicast {
@@ -178,17 +187,24 @@ pub fn establish(
     drop(desk);
 
     let Plan { agreement, row } = plan;
-    let local = known_answer::check(context, workspace, kernels, agreement, rank, deadline)
-        .or_else(reason(Decline::KnownAnswer));
+    // A workspace that failed stays until all have spoken: peers' kernels may still store into it.
+    let (local, failed) = match known_answer::check(context, workspace, kernels, agreement, rank, deadline) {
+        Ok(Ok(checked)) => (Ok(checked), None),
+        Ok(Err((workspace, error))) => (reason(Decline::KnownAnswer)(error), Some(workspace)),
+        Err(error) => (reason(Decline::KnownAnswer)(error), None),
+    };
     let step = Step::new(number::KNOWN_ANSWER, rank);
-    let (workspace, kernels) = match ballot.cast(step, "the known-answer AllReduce", local)? {
-        Ok((parts, _)) => parts,
+    let checked = ballot.cast(step, "the known-answer AllReduce", local)?;
+    drop(failed);
+    let Checked { workspace, kernels, last } = match checked {
+        Ok((checked, _)) => checked,
         Err(declined) => return Ok(Err(declined)),
     };
     Ok(Ok(Established {
         agreement,
         kernels,
         workspace,
+        last,
         hosts: domain.hosts,
         window_bytes,
         row,
@@ -204,13 +220,7 @@ struct Prepared {
 }
 
 /// Looks at links, fabric and kernels: everything that can say no before memory is taken.
-fn prepare(
-    context: &Arc<Context>,
-    domain: &Domain,
-    rank: u32,
-    config: &Config,
-    deadline: Duration,
-) -> Local<Prepared> {
+fn prepare(context: &Arc<Context>, domain: &Domain, rank: u32, config: &Config, deadline: Duration) -> Local<Prepared> {
     probe::links(domain, rank, config, deadline)?;
     if domain.handle == HandleType::Fabric {
         let context = Arc::clone(context);
@@ -265,8 +275,7 @@ fn plan(domain: &Domain, config: &Config, resident: u32) -> Option<Plan> {
         return None;
     }
     let blocks = row.blocks.min(domain.blocks).min(resident).max(1);
-    let agreement =
-        Agreement { ranks, layout, min_bytes: config.min_bytes, oneshot_bytes, twoshot_bytes, blocks };
+    let agreement = Agreement { ranks, layout, min_bytes: config.min_bytes, oneshot_bytes, twoshot_bytes, blocks };
     Some(Plan { agreement, row })
 }
 
@@ -278,8 +287,8 @@ fn share(
     deadline: Duration,
 ) -> Local<(Own, Option<Desk>)> {
     let context = Arc::clone(context);
-    let own = bounded("allocating shared memory", deadline, move || allocate(&context, bytes, handle))
-        .or_else(|error| {
+    let own =
+        bounded("allocating shared memory", deadline, move || allocate(&context, bytes, handle)).or_else(|error| {
             let export = matches!(&error, Error::Driver { call, .. } if call.contains("Export"));
             reason(if export { Decline::Export } else { Decline::Allocate })(error)
         })?;
@@ -306,9 +315,8 @@ fn collect(
         return Err((Decline::Export, Error::Bug("a descriptor domain without a descriptor")));
     };
     let peers: Vec<_> = steps.iter().filter(|step| step.rank != rank).map(peer).collect();
-    let fds = desk
-        .trade(rank, 0, Some((fd.as_fd(), peers.len())), &peers, deadline)
-        .or_else(reason(Decline::Handoff))?;
+    let fds =
+        desk.trade(rank, 0, Some((fd.as_fd(), peers.len())), &peers, deadline).or_else(reason(Decline::Handoff))?;
     let mut fds = fds.into_iter();
     Ok(steps.iter().map(|step| if step.rank == rank { None } else { fds.next().map(PeerHandle::Fd) }).collect())
 }

@@ -229,7 +229,13 @@ impl Step {
     pub fn encode(&self) -> Blob {
         let mut writer = Writer::new(STEP);
         writer.bytes(&[self.number]).u32(self.rank).declined(self.declined);
-        writer.bytes(&self.socket).bytes(&self.token).bytes(&self.fabric).u64(self.granularity).u32(self.blocks).flag(self.optional);
+        writer
+            .bytes(&self.socket)
+            .bytes(&self.token)
+            .bytes(&self.fabric)
+            .u64(self.granularity)
+            .u32(self.blocks)
+            .flag(self.optional);
         writer.done()
     }
 
@@ -269,9 +275,9 @@ mod tests {
         }
 
         #[test]
-        fn a_flipped_bit_anywhere_is_noticed(at in 0..BLOB, bit in 0..8) {
+        fn a_flipped_bit_anywhere_is_noticed(at in 0..BLOB, bit in 0u32..8) {
             let mut blob = Facts::default().encode();
-            blob[at] ^= 1 << bit;
+            blob[at] ^= 1u8 << bit;
             prop_assert_eq!(Facts::decode(&blob), None);
         }
 

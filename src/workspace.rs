@@ -102,9 +102,11 @@ impl Workspace {
         let _entered = self.context.enter()?;
         let window = self._windows.get(rank).ok_or(Error::Bug("no own window"))?;
         let stream = Stream::new(&self.context)?;
-        window.fill(0, HEADER, 0, &stream)?;
-        window.fill(HEADER, layout.window_bytes() - HEADER, SENTINEL, &stream)?;
-        stream.wait_forever()
+        let filled = window
+            .fill(0, HEADER, 0, &stream)
+            .and_then(|()| window.fill(HEADER, layout.window_bytes() - HEADER, SENTINEL, &stream));
+        // Waited for in any case: after an error the mapping goes, and no fill may still run on it.
+        stream.wait_forever().and(filled)
     }
 
     /// The memory to bind to a multicast object.

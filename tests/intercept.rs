@@ -254,7 +254,8 @@ fn preloaded_it_stands_before_the_stock_library_which_does_not_call_it_back() {
 fn preloaded_and_loaded_as_a_plugin_it_is_still_entered_once() {
     let plugin = plugin();
     let environment = [("LD_PRELOAD", plugin.as_str()), ("NCCL_NET_PLUGIN", plugin.as_str())];
-    let run = run("lazy", &environment, &["init", "slots", "call", "report"]);
+    // Preloaded, our tables are withdrawn, so NCCL finds no plugin: the linker's own decision leads the call to us.
+    let run = run("lazy", &environment, &["init", "call", "slots", "report"]);
     run.has("call 0");
     run.has("fake 22809 reductions 1 nested 1");
     assert_eq!(run.slot("program", "ncclAllReduce"), [US]);
@@ -263,8 +264,9 @@ fn preloaded_and_loaded_as_a_plugin_it_is_still_entered_once() {
 #[test]
 fn a_function_that_the_stock_library_lacks_is_invalid_usage_and_is_named() {
     let plugin = plugin();
-    let run = run("lazy", &[("LD_PRELOAD", &plugin)], &["missing", "missing"]);
-    assert_eq!(run.out, "missing 5\nmissing 5\n");
+    let run = run("lazy", &[("LD_PRELOAD", &plugin), ("NCCL_DEBUG", "WARN")], &["missing", "missing"]);
+    let answers: Vec<_> = run.out.lines().filter(|line| line.starts_with("missing")).collect();
+    assert_eq!(answers, ["missing 5", "missing 5"]);
     let lines = |text: &str| text.lines().filter(|line| line.contains("ncclGroupSimulateEnd")).count();
     assert_eq!(lines(&run.out) + lines(&run.error), 1, "{}", run.error);
 }

@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_int, c_void};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::exchange::StockExchange;
+use super::exchange::{StockExchange, retain};
 use super::{Code, GROUPS, code, guard, inside, result_of, stock, transparent, watch_forks};
 use crate::call::{Call, DataType, ReduceOp};
 use crate::comm::{self, Buffers, Communicator, State, lost};
@@ -47,11 +47,13 @@ fn set_up(stock: &Stock, communicator: &Arc<Communicator>, comm: Comm, stream: R
         return Ok(());
     }
     super::bind_again();
-    let patience = Duration::from_millis(Config::get().setup_timeout_ms) * 3 + Duration::from_secs(10);
+    let deadline = Duration::from_millis(Config::get().setup_timeout_ms);
     let outcome = inside(
         |_| {
-            let mut exchange = StockExchange::new(stock, comm, device, (rank, ranks), stream, patience)?;
-            communicator.set_up(&mut exchange, device)
+            let context = retain(device, deadline);
+            let own = context.as_ref().ok().map(Arc::clone);
+            let mut exchange = StockExchange::new(stock, comm, device, (rank, ranks), own, stream, deadline)?;
+            communicator.set_up(&mut exchange, device, context)
         },
         stock,
     );
@@ -101,12 +103,14 @@ fn all_reduce(a: &Arguments) -> Code {
     let call = Call { count: a.count as u64, dtype: DataType(a.dtype), op: ReduceOp(a.op) };
     let reason = match communicator.state() {
         State::Ready(ready) => {
-            if let Some(fault) = ready.fault() {
-                warning!(-1, "a kernel reported {fault}");
+            if let Some(fault) = communicator.fault(ready) {
                 return fault_code(fault.kind);
             }
             if grouped() {
                 Reason::Group
+            } else if ready.aborted() {
+                // Revoked: stock NCCL says so.
+                Reason::Declined
             } else if a.send.is_null() || a.receive.is_null() {
                 // Stock NCCL answers for its own rules about arguments.
                 Reason::Empty
@@ -198,7 +202,7 @@ macro_rules! passing {
     (@function $field:expr, optional) => {
         match $field {
             Some(function) => function,
-            None => return code::USAGE,
+            None => return super::absent(stringify!($field)),
         }
     };
 }

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Code, code};
-use crate::driver::{Context, HostMemory, RawStream, Scratch, Stream, wait_for};
+use crate::driver::{Context, HostMemory, RawStream, Scratch, Stream, wait_for, with_relaxed_capture};
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
 use crate::intercept::{Comm, Stock};
+use crate::steps::bounded;
 use crate::warning;
 use crate::wire::{BLOB, Blob};
 
@@ -17,46 +18,71 @@ const UINT8: i32 = 1;
 /// How often a rank says that it still waits.
 const REMINDER: Duration = Duration::from_secs(5);
 
-/// Memory that stock NCCL can read and write: on the device, or, where there is none left, pinned on the host.
+/// Memory that stock NCCL can read and write: pinned on the host, where speaking needs no copy that could fail, or,
+/// where there is none, on the device.
 enum Buffer {
-    Device(Scratch, Stream),
     Host(HostMemory),
+    Device(Scratch, Stream),
 }
 
 /// One communicator's exchange.
 pub struct StockExchange<'a> {
     stock: &'a Stock,
     comm: Comm,
-    context: Arc<Context>,
     device: i32,
     rank: u32,
     ranks: u32,
     stream: RawStream,
-    _own: Option<Stream>,
+    // Dropped in this order.
     buffer: Buffer,
+    _own: Option<Stream>,
+    context: Arc<Context>,
     patience: Duration,
     first: bool,
 }
 
+/// Gets something under a deadline, twice if need be: a rank that cannot speak leaves its peers waiting.
+fn tried<T: Send + 'static>(
+    name: &'static str,
+    deadline: Duration,
+    get: impl Fn() -> Result<T> + Clone + Send + 'static,
+) -> Result<T> {
+    match bounded(name, deadline, get.clone()) {
+        Err(Error::Deadline(name)) => Err(Error::Deadline(name)),
+        Err(_) => with_relaxed_capture(get),
+        got => got,
+    }
+}
+
+/// The context of a communicator's device, retained for it.
+pub fn retain(device: i32, deadline: Duration) -> Result<Arc<Context>> {
+    tried("retaining the primary context", deadline, move || crate::setup::context(device))
+}
+
 impl<'a> StockExchange<'a> {
-    /// Prepares an exchange over `comm`. Memory or a stream that cannot be had is replaced by the next best: a rank
-    /// that cannot even speak would leave its peers waiting.
+    /// Prepares an exchange over `comm`, in `context` or, without one, in the caller's own. Memory or a stream that
+    /// cannot be had is replaced by the next best.
     pub fn new(
         stock: &'a Stock,
         comm: Comm,
         device: i32,
         (rank, ranks): (u32, u32),
+        context: Option<Arc<Context>>,
         callers: RawStream,
-        patience: Duration,
+        deadline: Duration,
     ) -> Result<Self> {
-        let context = crate::setup::context(device)?;
-        let own = Stream::new(&context).ok();
+        let context = context.map_or_else(|| Context::current(device), Ok)?;
+        let (of_stream, of_host, of_device) = (Arc::clone(&context), Arc::clone(&context), Arc::clone(&context));
+        let own = tried("creating a stream", deadline, move || Stream::new(&of_stream)).ok();
         let stream = own.as_ref().map_or(callers, Stream::as_raw);
-        let bytes = BLOB as u64 * (u64::from(ranks) + 1);
-        let on_device = || Ok::<_, Error>(Buffer::Device(Scratch::new(&context, bytes)?, Stream::new(&context)?));
-        let on_host = |_| HostMemory::new(&context, bytes as usize).map(Buffer::Host);
-        let buffer = on_device().or_else(on_host)?;
-        Ok(Self { stock, comm, context, device, rank, ranks, stream, _own: own, buffer, patience, first: true })
+        let bytes = BLOB * (ranks as usize + 1);
+        let on_host = tried("allocating host memory", deadline, move || HostMemory::new(&of_host, bytes));
+        let buffer = on_host.map(Buffer::Host).or_else(|_| {
+            let both = move || Ok((Scratch::new(&of_device, bytes as u64)?, Stream::new(&of_device)?));
+            tried("allocating device memory", deadline, both).map(|(memory, stream)| Buffer::Device(memory, stream))
+        })?;
+        let patience = deadline * 3 + Duration::from_secs(10);
+        Ok(Self { stock, comm, device, rank, ranks, stream, buffer, _own: own, context, patience, first: true })
     }
 
     fn address(&self) -> u64 {
@@ -129,7 +155,8 @@ impl Exchange for StockExchange<'_> {
     }
 
     fn allgather(&mut self, mine: &Blob, step: &'static str) -> Result<Vec<Blob>> {
-        let _entered = self.context.enter()?;
+        // Helps a caller's stream that means "the current context's"; every other handle knows its own.
+        let _entered = self.context.enter();
         // A copy that fails is tried once more: what cannot be said cannot be voted on.
         self.put(mine).or_else(|_| self.put(mine))?;
         let send = self.address() as *const c_void;

@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_int, c_void};
 use std::time::Duration;
 
 use super::collectives::fault_code;
-use super::{Code, GROUPS, code, guard, inside, stock, transparent};
+use super::{Code, GROUPS, absent, code, guard, inside, stock, transparent};
 use crate::comm::{self, Hints, State};
 use crate::driver::reap;
 use crate::info;
@@ -29,26 +29,32 @@ struct ConfigHead {
 }
 
 const MAGIC: u32 = 0xcafe_beef;
+/// `NCCL_CONFIG_UNDEF_INT`.
+const UNDEFINED: c_int = c_int::MIN;
+/// `NCCL_SHRINK_ABORT`.
+const SHRINK_ABORT: c_int = 1;
 
-fn hints(config: Config) -> Hints {
+/// What a configuration says; without one, what the parent's said.
+fn hints(config: Config, parent: Option<Comm>) -> Hints {
+    let inherited = || parent.and_then(|parent| comm::known(parent as usize)).map(|parent| parent.hints());
+    let inherited = inherited().unwrap_or_default();
     let head = config.cast::<ConfigHead>();
     // SAFETY: a configuration begins with its own size and a magic number; the rest is read only if both say so.
-    let readable = !head.is_null()
-        && unsafe { (*head).size >= size_of::<ConfigHead>() && (*head).magic == MAGIC };
+    let readable = !head.is_null() && unsafe { (*head).size >= size_of::<ConfigHead>() && (*head).magic == MAGIC };
     if !readable {
-        return Hints::default();
+        return inherited;
     }
     // SAFETY: just checked.
     let (blocking, max_ctas) = unsafe { ((*head).blocking, (*head).max_ctas) };
     Hints {
         // NCCL's "undefined" is the smallest integer, so only positive numbers are limits.
-        max_blocks: u32::try_from(max_ctas).ok().filter(|blocks| *blocks > 0),
-        non_blocking: blocking == 0,
+        max_blocks: u32::try_from(max_ctas).ok().filter(|blocks| *blocks > 0).or(inherited.max_blocks),
+        non_blocking: blocking == 0 || (blocking == UNDEFINED && inherited.non_blocking),
     }
 }
 
 /// Calls a stock function that makes a communicator, and notes what it made.
-fn make(config: Config, made: *mut Comm, call: impl FnOnce(&Functions) -> Option<Code>) -> Code {
+fn make(config: Config, parent: Option<Comm>, made: *mut Comm, call: impl FnOnce(&Functions) -> Option<Code>) -> Code {
     guard(|| {
         let stock = match stock() {
             Ok(stock) => stock,
@@ -58,13 +64,19 @@ fn make(config: Config, made: *mut Comm, call: impl FnOnce(&Functions) -> Option
         if !transparent {
             reap();
         }
-        let Some(result) = inside(call, stock) else { return code::USAGE };
+        // SAFETY: null, or the caller's own variable, which may hold anything.
+        let before = if made.is_null() { std::ptr::null_mut() } else { unsafe { made.read_volatile() } };
+        let Some(result) = inside(call, stock) else { return absent("a function that makes communicators this way") };
         if !transparent && (result == code::SUCCESS || result == code::IN_PROGRESS) && !made.is_null() {
-            // Inside a group the address is filled at its end: the communicator is then noted at its first call.
             // SAFETY: the caller's out-pointer, which stock NCCL has just accepted.
             let comm = unsafe { *made };
-            if !comm.is_null() && GROUPS.try_with(|depth| depth.get() == 0).unwrap_or(false) {
-                comm::created(comm as usize, hints(config));
+            // Inside a group NCCL fills some in at once, others when they are complete. A value that was there before
+            // may be an older communicator's.
+            let grouped = GROUPS.try_with(|depth| depth.get() > 0).unwrap_or(true);
+            if !comm.is_null() && (!grouped || comm != before) {
+                comm::created(comm as usize, hints(config, parent));
+            } else {
+                comm::expected(hints(config, parent));
             }
         }
         result
@@ -76,7 +88,7 @@ fn make(config: Config, made: *mut Comm, call: impl FnOnce(&Functions) -> Option
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ncclCommInitRank(out: *mut Comm, ranks: c_int, id: UniqueId, rank: c_int) -> Code {
     // SAFETY: the caller's own arguments.
-    make(std::ptr::null_mut(), out, |nccl| Some(unsafe { (nccl.comm_init_rank)(out, ranks, id, rank) }))
+    make(std::ptr::null_mut(), None, out, |nccl| Some(unsafe { (nccl.comm_init_rank)(out, ranks, id, rank) }))
 }
 
 /// # Safety
@@ -90,7 +102,7 @@ pub unsafe extern "C" fn ncclCommInitRankConfig(
     config: Config,
 ) -> Code {
     // SAFETY: the caller's own arguments.
-    make(config, out, |nccl| Some(unsafe { (nccl.comm_init_rank_config)(out, ranks, id, rank, config) }))
+    make(config, None, out, |nccl| Some(unsafe { (nccl.comm_init_rank_config)(out, ranks, id, rank, config) }))
 }
 
 /// # Safety
@@ -104,7 +116,7 @@ pub unsafe extern "C" fn ncclCommInitRankScalable(
     ids: *mut UniqueId,
     config: Config,
 ) -> Code {
-    make(config, out, |nccl| {
+    make(config, None, out, |nccl| {
         let init = nccl.comm_init_rank_scalable?;
         // SAFETY: the caller's own arguments.
         Some(unsafe { init(out, ranks, rank, count, ids, config) })
@@ -116,8 +128,10 @@ pub unsafe extern "C" fn ncclCommInitRankScalable(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ncclCommInitAll(comms: *mut Comm, count: c_int, devices: *const c_int) -> Code {
     guard(|| {
-        // SAFETY: the caller's own arguments.
-        let result = make(std::ptr::null_mut(), comms, |nccl| Some(unsafe { (nccl.comm_init_all)(comms, count, devices) }));
+        let result = make(std::ptr::null_mut(), None, comms, |nccl| {
+            // SAFETY: the caller's own arguments.
+            Some(unsafe { (nccl.comm_init_all)(comms, count, devices) })
+        });
         if result == code::SUCCESS && !transparent() {
             // The first one is noted already.
             for i in 1..usize::try_from(count).unwrap_or(0) {
@@ -137,7 +151,7 @@ pub unsafe extern "C" fn ncclCommInitAll(comms: *mut Comm, count: c_int, devices
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ncclCommSplit(comm: Comm, color: c_int, key: c_int, out: *mut Comm, config: Config) -> Code {
     // SAFETY: the caller's own arguments.
-    make(config, out, |nccl| Some(unsafe { (nccl.comm_split)(comm, color, key, out, config) }))
+    make(config, Some(comm), out, |nccl| Some(unsafe { (nccl.comm_split)(comm, color, key, out, config) }))
 }
 
 /// # Safety
@@ -151,7 +165,11 @@ pub unsafe extern "C" fn ncclCommShrink(
     config: Config,
     flags: c_int,
 ) -> Code {
-    make(config, out, |nccl| {
+    if flags & SHRINK_ABORT != 0 && !comm.is_null() && !transparent() {
+        // Its operations end, ours too: some of them may wait for a rank that is dead.
+        set_abort_word(comm);
+    }
+    make(config, Some(comm), out, |nccl| {
         let shrink = nccl.comm_shrink?;
         // SAFETY: the caller's own arguments.
         Some(unsafe { shrink(comm, excluded, count, out, config, flags) })
@@ -170,7 +188,7 @@ pub unsafe extern "C" fn ncclCommGrow(
     config: Config,
 ) -> Code {
     // SAFETY: the caller's own arguments.
-    make(config, out, |nccl| nccl.comm_grow.map(|grow| unsafe { grow(comm, ranks, id, rank, out, config) }))
+    make(config, Some(comm), out, |nccl| nccl.comm_grow.map(|grow| unsafe { grow(comm, ranks, id, rank, out, config) }))
 }
 
 /// Releases our part of a communicator.
@@ -258,7 +276,8 @@ pub unsafe extern "C" fn ncclCommRevoke(comm: Comm, flags: c_int) -> Code {
             set_abort_word(comm);
         }
         // SAFETY: the caller's own arguments.
-        inside(|nccl| nccl.comm_revoke.map(|revoke| unsafe { revoke(comm, flags) }), stock).unwrap_or(code::USAGE)
+        inside(|nccl| nccl.comm_revoke.map(|revoke| unsafe { revoke(comm, flags) }), stock)
+            .unwrap_or_else(|| absent("ncclCommRevoke"))
     })
 }
 
@@ -281,7 +300,7 @@ pub unsafe extern "C" fn ncclCommGetAsyncError(comm: Comm, error: *mut Code) -> 
             && let Some(communicator) = comm::known(comm as usize)
         {
             let ours = match communicator.state() {
-                State::Ready(ready) => ready.fault().map(|fault| fault_code(fault.kind)),
+                State::Ready(ready) => communicator.fault(ready).map(|fault| fault_code(fault.kind)),
                 State::Lost => Some(code::REMOTE),
                 State::New | State::Declined => None,
             };
@@ -337,7 +356,8 @@ pub unsafe extern "C" fn ncclGroupSimulateEnd(info: *mut c_void) -> Code {
                 let _ = GROUPS.try_with(|depth| depth.set(depth.get().saturating_sub(1)));
             }
             // SAFETY: the caller's own argument.
-            inside(|nccl| nccl.group_simulate_end.map(|end| unsafe { end(info) }), stock).unwrap_or(code::USAGE)
+            inside(|nccl| nccl.group_simulate_end.map(|end| unsafe { end(info) }), stock)
+                .unwrap_or_else(|| absent("ncclGroupSimulateEnd"))
         }
         Err(code) => code,
     })

@@ -76,6 +76,17 @@ pub(crate) fn stock() -> Result<&'static Stock, Code> {
     }
 }
 
+/// What a function answers that the stock library lacks: like a jump that leads nowhere, one line and invalid usage.
+pub(crate) fn absent(name: &'static str) -> Code {
+    static SAID: parking_lot::Mutex<Vec<&str>> = parking_lot::Mutex::new(Vec::new());
+    let mut said = SAID.lock();
+    if !said.contains(&name) {
+        said.push(name);
+        warning!(-1, "stock NCCL has no {name}: the call fails with ncclInvalidUsage");
+    }
+    code::USAGE
+}
+
 /// This library's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -87,6 +98,8 @@ fn prepare() {
             intercept::set_explicit_path(path.clone());
         }
         intercept::set_log(|line| warning!(-1, "{line}"));
+        // Before stock NCCL opens anybody's plugin.
+        intercept::withdraw(&net::tables());
     });
 }
 

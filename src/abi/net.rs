@@ -145,6 +145,17 @@ table!(ncclNetPlugin_v12: ncclNet_v12_t {
     init: init_with_context, devices: devices, finalize: finalize
 } makeVDevice setNetAttr);
 
+/// Names and addresses of the tables.
+pub(super) fn tables() -> [(&'static std::ffi::CStr, *const c_void); 5] {
+    [
+        (c"ncclNetPlugin_v8", (&raw const ncclNetPlugin_v8).cast()),
+        (c"ncclNetPlugin_v9", (&raw const ncclNetPlugin_v9).cast()),
+        (c"ncclNetPlugin_v10", (&raw const ncclNetPlugin_v10).cast()),
+        (c"ncclNetPlugin_v11", (&raw const ncclNetPlugin_v11).cast()),
+        (c"ncclNetPlugin_v12", (&raw const ncclNetPlugin_v12).cast()),
+    ]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

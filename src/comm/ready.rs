@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -47,6 +47,17 @@ struct Order {
     retained: Option<u64>,
 }
 
+/// Communicators that are ready, by device. With more than two, none uses programmatic launches any more: a launch that
+/// waits behind another holds multiprocessors that a third communicator's peers may be waiting for.
+static READY: [AtomicU32; 64] = [const { AtomicU32::new(0) }; 64];
+
+fn ready_on(context: &Context) -> &'static AtomicU32 {
+    &READY[context.device().ordinal().unsigned_abs() as usize % READY.len()]
+}
+
+/// Most ready communicators of a device for programmatic launches.
+const PROGRAMMATIC: u32 = 2;
+
 /// A ready communicator. Dropped when the communicator and every graph that captured one of its calls are gone.
 pub struct Ready {
     args: Args,
@@ -62,24 +73,35 @@ pub struct Ready {
 
 impl Ready {
     /// Takes over what set-up established.
-    pub fn new(context: Arc<Context>, established: Established, rank: u32, config: &Config) -> Result<Self> {
-        let Established { agreement, kernels, workspace, .. } = established;
+    pub fn new(context: Arc<Context>, established: Established, rank: u32, config: &Config) -> Self {
+        let Established { agreement, kernels, workspace, last, .. } = established;
         let timeout_ns = config.timeout_ms.saturating_mul(1_000_000);
-        Ok(Self {
+        ready_on(&context).fetch_add(1, Ordering::Relaxed);
+        Self {
             args: workspace.args(&agreement, rank, timeout_ns),
             agreement,
             dependent: dependent_launch(),
             order: Mutex::default(),
-            last: Event::new(&context)?,
+            last,
             kernels,
             workspace,
             context,
-        })
+        }
     }
 
     /// What the ranks agreed on.
     pub fn agreement(&self) -> &Agreement {
         &self.agreement
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> u32 {
+        self.args.rank
+    }
+
+    /// CUDA ordinal of its device.
+    pub fn device(&self) -> i32 {
+        self.context.device().ordinal()
     }
 
     /// What a kernel reported, if one did.
@@ -93,17 +115,17 @@ impl Ready {
         let args = Args { in_: buffers.input, out: buffers.output, count: buffers.count, ..self.args };
         let stream = buffers.stream;
         let _entered = self.context.enter()?;
+        let mut dependent = self.dependent && ready_on(&self.context).load(Ordering::Relaxed) <= PROGRAMMATIC;
         let mut order = self.order.lock();
         let Some(capture) = capture_of(&self.context, stream) else {
             if order.eager.is_some_and(|last| last != stream) {
                 self.last.hold(stream)?;
             }
-            Launch { kernels: &self.kernels, plan, dependent: self.dependent }.on(stream, &args)?;
+            Launch { kernels: &self.kernels, plan, dependent }.on(stream, &args)?;
             order.eager = Some(stream);
             // Recorded now, not when the stream changes: by then the caller may have destroyed this one.
             return self.last.record(stream);
         };
-        let mut dependent = self.dependent;
         if let Some(last) = order.captured.filter(|last| last.id == capture.id && last.stream != stream)
             && let Some(node) = last.node
         {
@@ -149,5 +171,11 @@ impl Ready {
                 bury(self);
             }
         }
+    }
+}
+
+impl Drop for Ready {
+    fn drop(&mut self) {
+        ready_on(&self.context).fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -53,12 +53,7 @@ pub(super) fn switch(var: &impl Fn(&str) -> Option<OsString>, name: &'static str
 }
 
 /// A decimal number inside a range.
-pub(super) fn integer(
-    var: &impl Fn(&str) -> Option<OsString>,
-    name: &'static str,
-    low: u64,
-    high: u64,
-) -> Parsed<u64> {
+pub(super) fn integer(var: &impl Fn(&str) -> Option<OsString>, name: &'static str, low: u64, high: u64) -> Parsed<u64> {
     let expected = || format!("expected a number from {low} to {high}");
     with(var, name, expected, |value| value.parse().ok().filter(|n| (low..=high).contains(n)))
 }

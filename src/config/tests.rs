@@ -82,3 +82,17 @@ proptest! {
         });
     }
 }
+
+#[test]
+fn the_documentation_lists_exactly_the_variables_the_library_reads() {
+    let rows = VARIABLES.iter().map(|v| format!("| `{}` | {} | {} |\n", v.name, v.default, v.meaning));
+    let table: String = rows.collect();
+    let document = include_str!("../../docs/environment.md");
+    assert!(document.ends_with(&table), "docs/environment.md differs from the table; it should end with\n{table}");
+    let source = include_str!("mod.rs");
+    for name in source.split('"').filter(|word| word.starts_with("TWOSHOT_") || word.starts_with("NCCL_")) {
+        let name = name.split('=').next().unwrap_or(name).trim();
+        let known = VARIABLES.iter().any(|variable| variable.name == name.split(' ').next().unwrap_or(name));
+        assert!(known, "{name} is read and not in the table");
+    }
+}

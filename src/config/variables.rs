@@ -18,20 +18,60 @@ const fn variable(name: &'static str, default: &'static str, meaning: &'static s
 
 /// All of them.
 pub const VARIABLES: &[Variable] = &[
-    variable("TWOSHOT_MODE", "direct", "`direct` binds `ncclAllReduce`; `off` leaves NCCL as if the library were not there."),
-    variable("TWOSHOT_ENABLE", "1", "`0` leaves every AllReduce to stock NCCL. One rank with `0` is enough: the ranks vote."),
-    variable("TWOSHOT_NCCL_LIBRARY", "(found)", "Path of the stock NCCL, where the library is opened by path or stands in for `libnccl.so.2`."),
-    variable("TWOSHOT_ALGO", "auto", "`oneshot` or `twoshot` uses only that algorithm, for the sizes it can hold. Must be the same on all ranks."),
+    variable(
+        "TWOSHOT_MODE",
+        "direct",
+        "`direct` binds `ncclAllReduce`; `off` leaves NCCL as if the library were not there.",
+    ),
+    variable(
+        "TWOSHOT_ENABLE",
+        "1",
+        "`0` leaves every AllReduce to stock NCCL. One rank with `0` is enough: the ranks vote.",
+    ),
+    variable(
+        "TWOSHOT_NCCL_LIBRARY",
+        "(found)",
+        "Path of the stock NCCL, where the library is opened by path or stands in for `libnccl.so.2`.",
+    ),
+    variable(
+        "TWOSHOT_ALGO",
+        "auto",
+        "`oneshot` or `twoshot` uses only that algorithm, for the sizes it can hold. Must be the same on all ranks.",
+    ),
     variable("TWOSHOT_MIN_BYTES", "0", "Payloads below go to stock NCCL. Must be the same on all ranks."),
-    variable("TWOSHOT_MAX_BYTES", "(table)", "Largest payload taken; larger ones go to stock NCCL. Suffixes K, M, G. Sets the memory of a communicator. Must be the same on all ranks."),
+    variable(
+        "TWOSHOT_MAX_BYTES",
+        "(table)",
+        "Largest payload taken; larger ones go to stock NCCL. Suffixes K, M, G. Sets the memory of a communicator. Must be the same on all ranks.",
+    ),
     variable("TWOSHOT_ONESHOT_MAX_BYTES", "(table)", "Largest payload of one-shot. Must be the same on all ranks."),
-    variable("TWOSHOT_MAX_BLOCKS", "(table)", "Most thread blocks of a launch, 1 to 256. The ranks use the smallest value of all."),
+    variable(
+        "TWOSHOT_MAX_BLOCKS",
+        "(table)",
+        "Most thread blocks of a launch, 1 to 256. The ranks use the smallest value of all.",
+    ),
     variable("TWOSHOT_MULTICAST", "1", "`0` keeps every multicast call away. One rank with `0` is enough."),
-    variable("TWOSHOT_TIMEOUT_MS", "0", "Deadline of a kernel's wait for its peers in milliseconds; 0 waits for ever, as stock NCCL does."),
+    variable(
+        "TWOSHOT_TIMEOUT_MS",
+        "0",
+        "Deadline of a kernel's wait for its peers in milliseconds; 0 waits for ever, as stock NCCL does.",
+    ),
     variable("TWOSHOT_SETUP_TIMEOUT_MS", "20000", "Deadline of one step of a communicator's set-up in milliseconds."),
-    variable("TWOSHOT_HOST_ID", "(boot id)", "Identity of this host, where the kernel's boot id is not unique (cloned virtual machines) or not readable."),
-    variable("TWOSHOT_SHARED_GPU", "0", "`1` lets several ranks share one GPU. For tests: ranks that share a GPU take turns and are slow. Must be the same on all ranks."),
-    variable("NCCL_ALGO", "(unset)", "Obeyed: where it names AllReduce (or every function), AllReduce stays with stock NCCL."),
+    variable(
+        "TWOSHOT_HOST_ID",
+        "(boot id)",
+        "Identity of this host, where the kernel's boot id is not unique (cloned virtual machines) or not readable.",
+    ),
+    variable(
+        "TWOSHOT_SHARED_GPU",
+        "0",
+        "`1` lets several ranks share one GPU. For tests: ranks that share a GPU take turns and are slow. Must be the same on all ranks.",
+    ),
+    variable(
+        "NCCL_ALGO",
+        "(unset)",
+        "Obeyed: where it names AllReduce (or every function), AllReduce stays with stock NCCL.",
+    ),
     variable("NCCL_PROTO", "(unset)", "Obeyed like `NCCL_ALGO`."),
     variable("NCCL_P2P_DISABLE", "0", "Obeyed: `1` means no peer memory, so stock NCCL."),
     variable("NCCL_P2P_LEVEL", "(unset)", "Obeyed: `LOC` means no peer memory, so stock NCCL."),

@@ -72,10 +72,11 @@ pub fn order_behind(context: &Context, stream: RawStream, node: usize) -> Result
         return api::check("cuStreamUpdateCaptureDependencies_v2", code);
     }
     match api.cuStreamUpdateCaptureDependencies {
-        // SAFETY: as above.
-        Some(update) => api::check("cuStreamUpdateCaptureDependencies", unsafe {
-            update(stream.raw(), &mut node, 1, add)
-        }),
+        Some(update) => {
+            // SAFETY: as above.
+            let code = unsafe { update(stream.raw(), &mut node, 1, add) };
+            api::check("cuStreamUpdateCaptureDependencies", code)
+        }
         None => Ok(()),
     }
 }

@@ -4,7 +4,7 @@ use std::ffi::c_int;
 use std::sync::Arc;
 
 use super::api::{Api, api, call, sys};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::warning;
 
 /// A device of this process, by CUDA ordinal.
@@ -93,6 +93,7 @@ impl Device {
 pub struct Context {
     device: Device,
     raw: sys::CUcontext,
+    retained: bool,
 }
 
 // SAFETY: a context handle may be used from any thread; the driver locks inside.
@@ -106,7 +107,22 @@ impl Context {
         let mut raw = std::ptr::null_mut();
         // SAFETY: valid out-pointer and device.
         unsafe { call!(device.api, cuDevicePrimaryCtxRetain(&mut raw, device.handle)) }?;
-        Ok(Arc::new(Self { device, raw }))
+        Ok(Arc::new(Self { device, raw, retained: true }))
+    }
+
+    /// The context that is current on this thread, without a reference to it: enough to talk to peers from inside a
+    /// call of its owner, where the primary context of device `ordinal` cannot be retained.
+    pub fn current(ordinal: i32) -> Result<Arc<Self>> {
+        let api = api()?;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: valid out-pointer.
+        unsafe { call!(api, cuCtxGetCurrent(&mut raw)) }?;
+        if raw.is_null() {
+            return Err(Error::Protocol("no context is current"));
+        }
+        // Nobody asks the driver about the device of such a context.
+        let device = Device { api, ordinal, handle: ordinal };
+        Ok(Arc::new(Self { device, raw, retained: false }))
     }
 
     /// Its device.
@@ -124,8 +140,8 @@ impl Context {
         let api = self.device.api;
         let mut current = std::ptr::null_mut();
         // SAFETY: valid out-pointer.
-        unsafe { call!(api, cuCtxGetCurrent(&mut current)) }?;
-        if current == self.raw {
+        let asked = unsafe { call!(api, cuCtxGetCurrent(&mut current)) };
+        if asked.is_ok() && current == self.raw {
             return Ok(Entered { pushed: None });
         }
         // SAFETY: `raw` is alive: this `Context` holds a reference to it.
@@ -136,6 +152,9 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
+        if !self.retained {
+            return;
+        }
         // SAFETY: retained once in `retain`, released once here.
         if let Err(error) = unsafe { call!(self.device.api, cuDevicePrimaryCtxRelease_v2(self.device.handle)) } {
             warning!(self.device.ordinal, "{error}");

@@ -74,11 +74,10 @@ impl HostMemory {
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
-        let freed = self.context.enter().and_then(|_entered| {
-            // SAFETY: allocated once, freed once; its users waited for the device.
-            unsafe { call!(self.context.api(), cuMemFreeHost(self.host)) }
-        });
-        if let Err(error) = freed {
+        // Tried without the context too: what the driver refuses then is reported.
+        let _entered = self.context.enter();
+        // SAFETY: allocated once, freed once; its users waited for the device.
+        if let Err(error) = unsafe { call!(self.context.api(), cuMemFreeHost(self.host)) } {
             warning!(self.context.device().ordinal(), "{error}");
         }
     }

@@ -17,8 +17,14 @@ use crate::route::Plan;
 use crate::warning;
 
 #[allow(
-    missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals, dead_code, clippy::all,
-    unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks
+    missing_docs,
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    dead_code,
+    clippy::all,
+    unsafe_op_in_unsafe_fn,
+    clippy::undocumented_unsafe_blocks
 )]
 mod abi {
     include!(concat!(env!("OUT_DIR"), "/args.rs"));
@@ -103,9 +109,7 @@ impl Module {
                 let mut blocks = 0;
                 let threads = layout::MAX_THREADS as i32;
                 // SAFETY: as above.
-                unsafe {
-                    call!(api, cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, *function, threads, 0))
-                }?;
+                unsafe { call!(api, cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, *function, threads, 0)) }?;
                 resident = resident.min(u32::try_from(blocks).unwrap_or(0));
             }
         }
@@ -115,11 +119,10 @@ impl Module {
 
 impl Drop for Module {
     fn drop(&mut self) {
-        let unloaded = self.context.enter().and_then(|_entered| {
-            // SAFETY: loaded once; every `Kernels` holds an `Arc` to us, so nothing launches from it any more.
-            unsafe { call!(self.context.api(), cuModuleUnload(self.raw)) }
-        });
-        if let Err(error) = unloaded {
+        // Tried without the context too: what the driver refuses then is reported.
+        let _entered = self.context.enter();
+        // SAFETY: loaded once; every `Kernels` holds an `Arc` to us, so nothing launches from it any more.
+        if let Err(error) = unsafe { call!(self.context.api(), cuModuleUnload(self.raw)) } {
             warning!(self.context.device().ordinal(), "{error}");
         }
     }

@@ -72,12 +72,7 @@ pub struct MulticastObject<State> {
 }
 
 fn prop(devices: u32, bytes: u64, handle: HandleType) -> sys::CUmulticastObjectProp {
-    sys::CUmulticastObjectProp {
-        numDevices: devices,
-        size: bytes as usize,
-        handleTypes: handle.raw() as u64,
-        flags: 0,
-    }
+    sys::CUmulticastObjectProp { numDevices: devices, size: bytes as usize, handleTypes: handle.raw() as u64, flags: 0 }
 }
 
 const MISSING: Error = Error::Driver { call: "cuMulticastCreate", code: sys::CUDA_ERROR_NOT_SUPPORTED as i32 };

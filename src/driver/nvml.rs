@@ -5,8 +5,14 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use crate::error::{Error, Result};
 
 #[allow(
-    missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals, dead_code, clippy::all,
-    unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks
+    missing_docs,
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    dead_code,
+    clippy::all,
+    unsafe_op_in_unsafe_fn,
+    clippy::undocumented_unsafe_blocks
 )]
 mod sys {
     include!(concat!(env!("OUT_DIR"), "/nvml_abi.rs"));
@@ -80,9 +86,8 @@ fn check(call: &'static str, code: c_int) -> Result<()> {
 pub fn fabric_facts(bus_id: &[u8; 16]) -> Result<FabricFacts> {
     let nvml = Nvml::open()?;
     let device = nvml.device(bus_id)?;
-    let completed = |state: u32, status: i32| {
-        state == sys::NVML_GPU_FABRIC_STATE_COMPLETED && status == sys::NVML_SUCCESS as i32
-    };
+    let completed =
+        |state: u32, status: i32| state == sys::NVML_GPU_FABRIC_STATE_COMPLETED && status == sys::NVML_SUCCESS as i32;
     if let Ok(query) = symbol::<InfoV>(&nvml.library, b"nvmlDeviceGetGpuFabricInfoV\0") {
         // SAFETY: plain integers, for which zero is a value.
         let mut info: nvmlGpuFabricInfo_v2_t = unsafe { std::mem::zeroed() };

@@ -27,9 +27,11 @@ fn every_rank_gets_every_other_ranks_descriptor_in_two_rounds() {
     const RANKS: u32 = 9;
     let desks: Vec<_> = (0..RANKS).map(|_| Desk::open(RANKS).unwrap()).collect();
     let peers = peers(&desks);
+    // Between two rounds the ranks vote; here a barrier stands for it.
+    let vote = std::sync::Barrier::new(RANKS as usize);
     std::thread::scope(|scope| {
         for (rank, desk) in (0u32..).zip(&desks) {
-            let peers = &peers;
+            let (peers, vote) = (&peers, &vote);
             scope.spawn(move || {
                 for round in 0..2 {
                     let mine = file_saying(&format!("{rank}/{round}"));
@@ -39,6 +41,7 @@ fn every_rank_gets_every_other_ranks_descriptor_in_two_rounds() {
                     let texts: Vec<_> = got.into_iter().map(read).collect();
                     let expected: Vec<_> = others.iter().map(|peer| format!("{}/{round}", peer.rank)).collect();
                     assert_eq!(texts, expected);
+                    vote.wait();
                 }
             });
         }
@@ -49,13 +52,11 @@ fn every_rank_gets_every_other_ranks_descriptor_in_two_rounds() {
 fn a_stranger_without_the_token_is_given_nothing_and_disturbs_nobody() {
     let desks = [Desk::open(2).unwrap(), Desk::open(2).unwrap()];
     let peers = peers(&desks);
-    let strangers: Vec<_> = [
-        Peer { token: [0; 16], ..peers[0] },
-        Peer { rank: 7, name: peers[0].name, token: peers[1].token },
-    ]
-    .iter()
-    .map(|peer| call(peer, 1, 0).unwrap())
-    .collect();
+    let strangers: Vec<_> =
+        [Peer { token: [0; 16], ..peers[0] }, Peer { rank: 7, name: peers[0].name, token: peers[1].token }]
+            .iter()
+            .map(|peer| call(peer, 1, 0).unwrap())
+            .collect();
     let wrong_round = call(&peers[0], 1, 9).unwrap();
     std::thread::scope(|scope| {
         scope.spawn(|| assert_eq!(desks[1].trade(1, 0, None, &peers[..1], PATIENCE).unwrap().len(), 1));

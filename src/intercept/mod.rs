@@ -9,11 +9,13 @@ mod functions;
 mod objects;
 mod pass;
 mod relocate;
+mod scope;
 mod stock;
 mod trampoline;
 
 pub use functions::{CallConfig, Code, Comm, Config, Functions, Stream, UniqueId};
 pub use relocate::BindReport;
+pub use scope::withdraw;
 pub use stock::{Stock, StockError, learn_caller, set_explicit_path, stock};
 pub use trampoline::set_log;
 

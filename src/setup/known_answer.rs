@@ -3,12 +3,13 @@
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use half::{bf16, f16};
 
 use crate::call::{Call, DataType, ReduceOp};
-use crate::driver::{Args, Context, Kernels, Launch, RawStream, Scratch, Stream};
+use crate::driver::{Args, Context, Event, Kernels, Launch, RawStream, Scratch, Stream};
 use crate::error::{Error, Result};
 use crate::layout::Algorithm;
 use crate::route::{Agreement, Plan, Route, decide};
@@ -20,7 +21,20 @@ const COUNT: u64 = 1021;
 /// More than the number of stages, so that every stage is used again after its re-arm.
 const ROUNDS: u32 = 2;
 
-/// Runs all kernels; gives workspace and kernels back where every bit was right.
+/// A communicator that computes.
+pub struct Checked {
+    /// Its memory.
+    pub workspace: Workspace,
+    /// Its kernels.
+    pub kernels: Kernels,
+    /// Marks the end of the last call.
+    pub last: Event,
+}
+
+/// What comes back from a check: where a bit was wrong, or a step failed, the memory, which peers may still use.
+pub type Outcome = std::result::Result<Checked, (Workspace, Error)>;
+
+/// Runs all kernels. The outer error means that the step itself did not come back.
 pub fn check(
     context: &Arc<Context>,
     workspace: Workspace,
@@ -28,30 +42,34 @@ pub fn check(
     agreement: Agreement,
     rank: u32,
     deadline: Duration,
-) -> Result<(Workspace, Kernels)> {
+) -> Result<Outcome> {
     let context = Arc::clone(context);
     bounded("the known-answer AllReduce", deadline, move || {
-        // Kernels give up well before the step does, so that none runs on memory that is being released.
-        let patience = deadline / 2;
+        // The last kernel starts in the first half of the step and gives up a quarter of it later: a step that was
+        // left behind and comes back must not store into what its peers have released by then.
+        let (last_start, patience) = (Instant::now() + deadline / 2, deadline / 4);
         let timeout_ns = u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX);
         let args = workspace.args(&agreement, rank, timeout_ns);
-        let bench = Bench {
-            input: Scratch::new(&context, COUNT * 4)?,
-            output: Scratch::new(&context, COUNT * 4)?,
-            stream: Stream::new(&context)?,
-            args,
+        let bench = match Bench::new(&context, args) {
+            Ok(bench) => bench,
+            Err(error) => return Ok(Err((workspace, error))),
         };
-        let _entered = context.enter()?;
-        for round in 0..ROUNDS {
-            for algorithm in Algorithm::ALL {
-                for dtype in DataType::ROUTED {
-                    let Some((plan, count)) = plan(algorithm, dtype, &agreement) else { continue };
-                    bench.run(&workspace, &kernels, plan, count, round, patience)?;
-                }
-            }
+        let outcome = context.enter().and_then(|_entered| {
+            let budget = Budget { last_start, patience };
+            bench.all(&workspace, &kernels, &agreement, budget)
+        });
+        if let Err(error) = outcome {
+            // Memory that a kernel may still use is never freed: one that has not left yet is told to, and if it stays
+            // the step is left behind with all it owns.
+            workspace.page.control().abort.store(1, Ordering::Release);
+            let _ = bench.stream.wait_forever();
+            return Ok(Err((workspace, error)));
         }
         drop(bench);
-        Ok((workspace, kernels))
+        match Event::new(&context) {
+            Ok(last) => Ok(Ok(Checked { workspace, kernels, last })),
+            Err(error) => Ok(Err((workspace, error))),
+        }
     })
 }
 
@@ -70,6 +88,13 @@ fn plan(algorithm: Algorithm, dtype: DataType, agreement: &Agreement) -> Option<
     }
 }
 
+/// When the last kernel may start, and how long one waits for its peers.
+#[derive(Clone, Copy)]
+struct Budget {
+    last_start: Instant,
+    patience: Duration,
+}
+
 struct Bench {
     input: Scratch,
     output: Scratch,
@@ -78,6 +103,23 @@ struct Bench {
 }
 
 impl Bench {
+    fn new(context: &Arc<Context>, args: Args) -> Result<Self> {
+        let (input, output) = (Scratch::new(context, COUNT * 4)?, Scratch::new(context, COUNT * 4)?);
+        Ok(Self { input, output, stream: Stream::new(context)?, args })
+    }
+
+    fn all(&self, workspace: &Workspace, kernels: &Kernels, agreement: &Agreement, budget: Budget) -> Result<()> {
+        for round in 0..ROUNDS {
+            for algorithm in Algorithm::ALL {
+                for dtype in DataType::ROUTED {
+                    let Some((plan, count)) = plan(algorithm, dtype, agreement) else { continue };
+                    self.run(workspace, kernels, plan, count, round, budget)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn run(
         &self,
         workspace: &Workspace,
@@ -85,7 +127,7 @@ impl Bench {
         plan: Plan,
         count: u64,
         round: u32,
-        patience: Duration,
+        budget: Budget,
     ) -> Result<()> {
         let rank = self.args.rank;
         let mine = payload(plan.dtype, count, |i| value(rank, round, i));
@@ -93,9 +135,12 @@ impl Bench {
         self.output.write(0, &vec![0xA5; mine.len()], &self.stream)?;
         let args = Args { in_: self.input.address(), out: self.output.address(), count, ..self.args };
         let stream: RawStream = self.stream.as_raw();
+        if Instant::now() > budget.last_start {
+            return Err(Error::Deadline("the known-answer AllReduce"));
+        }
         Launch { kernels, plan, dependent: false }.on(stream, &args)?;
         // The kernel leaves after `patience`; a little more for the last store to land.
-        if !self.stream.wait(patience + Duration::from_millis(500))? {
+        if !self.stream.wait(budget.patience + budget.patience / 2)? {
             return Err(Error::Deadline("the known-answer AllReduce"));
         }
         if let Some(fault) = workspace.page.fault() {

@@ -9,8 +9,8 @@ use std::time::Duration;
 use super::{Ballot, number, peer};
 use crate::domain::Domain;
 use crate::driver::{
-    BarrierPassed, Context, Created, Imported, Kernels, Mapping, Module, MulticastObject, Reservation,
-    Shareable, Slot,
+    BarrierPassed, Context, Created, Imported, Kernels, Mapping, Module, MulticastObject, Reservation, Shareable, Slot,
+    multicast_granularity,
 };
 use crate::error::{Error, Result};
 use crate::exchange::vote;
@@ -45,14 +45,25 @@ pub fn join(ballot: &mut Ballot<'_>, parts: &Parts<'_>, workspace: &mut Workspac
     let bytes = workspace.window_bytes();
     let handle = parts.domain.handle;
 
-    // Rank 0 creates the object; every rank must have a slot left for it.
+    // Rank 0 creates the object; every rank must have a slot left for it and a driver that can carry it. The
+    // granularity was asked for before, to size the window; here it counts that there was no answer, or another one.
     let slot = Slot::take();
+    let context = Arc::clone(parts.context);
+    let carried = bounded("asking for the granularity of multicast", parts.deadline, move || {
+        let granularity = multicast_granularity(&context, ranks, bytes, handle)?;
+        let fits = bytes.is_multiple_of(granularity);
+        if fits { Ok(()) } else { Err(Error::Protocol("the window is no multiple of the multicast granularity")) }
+    });
+    if let Err(error) = &carried {
+        note("asking for the granularity", error);
+    }
+    let able = slot.is_some() && carried.is_ok();
     let mut step = Step::new(number::MULTICAST_CREATE, rank);
     if let Some(desk) = parts.desk {
         (step.socket, step.token) = (desk.name, desk.token);
     }
     let mut created = None;
-    if rank == 0 && slot.is_some() {
+    if rank == 0 && able {
         let context = Arc::clone(parts.context);
         let result = bounded("creating a multicast object", parts.deadline, move || {
             let object = MulticastObject::create(&context, ranks, bytes, handle)?;
@@ -69,7 +80,7 @@ pub fn join(ballot: &mut Ballot<'_>, parts: &Parts<'_>, workspace: &mut Workspac
             Err(error) => note("creating the object", &error),
         }
     }
-    step.optional = slot.is_some() && (rank != 0 || created.is_some());
+    step.optional = able && (rank != 0 || created.is_some());
     let Some(steps) = unanimous(ballot, step, "creating a multicast object")? else { return Ok(None) };
     let Some(slot) = slot else { return Ok(None) };
 
@@ -90,7 +101,12 @@ pub fn join(ballot: &mut Ballot<'_>, parts: &Parts<'_>, workspace: &mut Workspac
         let bound = Arc::new(object.bind(&memory)?);
         let reservation = Reservation::new(&context, bytes, align)?;
         let mapping: Mapping = bound.map(&reservation, 0)?;
-        Ok((mapping, module.kernels(ranks, true)?))
+        let kernels = module.kernels(ranks, true)?;
+        // The block budget stands: at most one block on each multiprocessor, if one fits.
+        if kernels.resident_per_sm() == 0 {
+            return Err(Error::Bug("no block of a multicast kernel fits a multiprocessor"));
+        }
+        Ok((mapping, kernels))
     });
     if let Err(error) = &bound {
         note("binding", error);

@@ -39,9 +39,11 @@ fn digest128(bytes: &[u8]) -> [u8; 16] {
 
 fn build() -> u64 {
     let digest = digest128(concat!(env!("CARGO_PKG_VERSION"), "/", env!("CARGO_PKG_NAME")).as_bytes());
-    u64::from_le_bytes([
-        digest[0], digest[1], digest[2], digest[3], digest[4], digest[5], digest[6], digest[7],
-    ])
+    u64::from_le_bytes([digest[0], digest[1], digest[2], digest[3], digest[4], digest[5], digest[6], digest[7]])
+}
+
+fn refusal_of(error: &Error) -> Decline {
+    if matches!(error, Error::Deadline(_)) { Decline::Deadline } else { Decline::Probe }
 }
 
 /// Collects this rank's facts. Never fails: what goes wrong is a fact too.
@@ -50,10 +52,10 @@ pub fn facts(
     ranks: u32,
     request: Request,
     config: &Config,
-    identity: &HostIdentity,
+    identity: std::result::Result<&HostIdentity, &Error>,
     deadline: Duration,
 ) -> Facts {
-    let mut facts = Facts { ranks, rank, config: config.digest(), build: build(), host: identity.0, ..Facts::default() };
+    let mut facts = Facts { ranks, rank, config: config.digest(), build: build(), ..Facts::default() };
     let refusal = if let Some(message) = &config.invalid {
         warning!(request.device, "{message}");
         Some(Decline::InvalidConfig)
@@ -71,6 +73,14 @@ pub fn facts(
     if let Some(refusal) = refusal {
         facts.declined = Some((refusal, 0));
         return facts;
+    }
+    match identity {
+        Ok(identity) => facts.host = identity.0,
+        Err(error) => {
+            crate::trace!(request.device, "{error}");
+            facts.declined = Some((refusal_of(error), error.code()));
+            return facts;
+        }
     }
     let ordinal = request.device;
     let probed = bounded("examining the device", deadline, move || {
@@ -97,8 +107,7 @@ pub fn facts(
         }
         Err(error) => {
             crate::trace!(ordinal, "examining the device: {error}");
-            let reason = if matches!(error, Error::Deadline(_)) { Decline::Deadline } else { Decline::Probe };
-            facts.declined = Some((reason, error.code()));
+            facts.declined = Some((refusal_of(&error), error.code()));
         }
     }
     facts

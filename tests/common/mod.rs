@@ -81,7 +81,8 @@ impl Job {
         let library = twoshot_library();
         let ranks = session.ranks(worker());
         let count = ranks.len();
-        let ranks: Vec<Rank> = ranks.into_iter().enumerate().map(|(r, rank)| self.rank(rank, r, count, &session, &library)).collect();
+        let ranks: Vec<Rank> =
+            ranks.into_iter().enumerate().map(|(r, rank)| self.rank(rank, r, count, &session, &library)).collect();
         let outcomes = session.run_all(ranks, self.timeout).expect("the ranks were started");
         Report { session, outcomes }
     }
@@ -156,7 +157,8 @@ impl Report {
     /// AllReduce calls that ran in twoshot's kernels and in stock NCCL, on one rank.
     pub fn counters(&self, rank: usize) -> (u64, u64) {
         let stdout = &self.outcomes[rank].stdout;
-        let summary = stdout.lines().rev().find(|line| line.contains("\"cmd\":\"summary\"") || line.contains("\"routed\":"));
+        let summary =
+            stdout.lines().rev().find(|line| line.contains("\"cmd\":\"summary\"") || line.contains("\"routed\":"));
         let summary = summary.unwrap_or_else(|| panic!("no summary: {}", self.outcomes[rank]));
         (number(summary, "\"routed\":"), number(summary, "\"stock\":"))
     }

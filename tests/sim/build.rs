@@ -65,7 +65,14 @@ fn main() {
             sources: [sources(&dir("nvml")), nvml.to_vec()].concat(),
             includes: vec![include.clone(), dir("cuda")],
             define: &[],
-            link: vec!["-shared".into(), "-Wl,-soname,libnvidia-ml.so.1".into(), symbolic(), map("nvml")],
+            // It stays when it is closed: its counters and fault rules go on at the next opening.
+            link: vec![
+                "-shared".into(),
+                "-Wl,-soname,libnvidia-ml.so.1".into(),
+                "-Wl,-z,nodelete".into(),
+                symbolic(),
+                map("nvml"),
+            ],
         },
     ];
     let nccl = sources(&dir("nccl"));
@@ -121,6 +128,7 @@ fn main() {
         link_name: None,
         sources: executor,
         includes: vec![dir("exec"), kernels.clone()],
+        define: &[],
         link: Vec::new(),
     });
     targets.push(Target {
@@ -206,8 +214,16 @@ fn build(out: &Path, targets: &[Target]) {
                     let Some((object, mut command)) = queue.lock().expect("no job panics with it").pop() else {
                         return;
                     };
+                    let started = SystemTime::now();
+                    let partial = object.with_extension("partial");
                     run(&mut command);
-                    fs::rename(object.with_extension("partial"), &object).expect("the object was written");
+                    // As old as what was read: a header that changes meanwhile is newer.
+                    fs::File::options()
+                        .append(true)
+                        .open(&partial)
+                        .and_then(|file| file.set_modified(started))
+                        .expect("a time");
+                    fs::rename(&partial, &object).expect("the object was written");
                 }
             });
         }

@@ -34,15 +34,18 @@ void at_exit() {
 
 Entry::Entry(const char* name, unsigned flags) : name_(name), flags_(flags) {
     slot_ = stats::slot((std::string("call.") + name).c_str());
+    own_slot_ = faults::filtered() ? stats::slot((std::string("own.") + name).c_str()) : slot_;
 }
 
-CUresult Entry::enter() {
+CUresult Entry::enter(const void* caller) {
     stats::bump(slot_, 1);
+    bool concerned = faults::concerns(caller);
+    if (faults::filtered() && concerned) stats::bump(own_slot_, 1);
     if (exiting.load(std::memory_order_relaxed)) {
         stats::total(stats::kCallsAfterExit);
         return CUDA_ERROR_DEINITIALIZED;
     }
-    if (faults::any())
+    if (concerned && faults::any())
         if (int code = faults::apply(name_)) return code;
     if (callback_depth && !(flags_ & kInCallback)) return CUDA_ERROR_NOT_PERMITTED;
     if (flags_ & kNoInit) return CUDA_SUCCESS;
@@ -87,5 +90,5 @@ extern "C" __attribute__((visibility("default"))) int twoshot_sim_enter(const ch
         slot = at->second;
     }
     stats::bump(slot, 1);
-    return faults::any() ? faults::apply(name) : 0;
+    return faults::any() && !faults::filtered() ? faults::apply(name) : 0;
 }

@@ -2,6 +2,7 @@
 
 #include "session.h"
 
+#include <dlfcn.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -74,6 +75,20 @@ const std::vector<Rule*>& rules() {
 }
 
 }  // namespace
+
+bool filtered() {
+    static const bool once = getenv("TWOSHOT_SIM_CALLER") != nullptr;
+    return once;
+}
+
+bool concerns(const void* caller) {
+    if (!filtered()) return true;
+    static const std::string* wanted = new std::string(getenv("TWOSHOT_SIM_CALLER"));
+    Dl_info info;
+    if (!dladdr(caller, &info) || !info.dli_fname) return false;
+    const char* slash = strrchr(info.dli_fname, '/');
+    return *wanted == (slash ? slash + 1 : info.dli_fname);
+}
 
 bool any() { return !rules().empty(); }
 

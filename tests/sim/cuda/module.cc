@@ -7,8 +7,11 @@
 #include "stats.h"
 #include "streams.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -94,6 +97,13 @@ CUresult launch(CUfunction handle, const unsigned grid[3], const unsigned block[
     std::vector<uint64_t> copy((kernel.param_bytes + 7) / 8);
     memcpy(copy.data(), params[0], kernel.param_bytes);
     stats::total(stats::kLaunches);
+    static const bool told = number("TWOSHOT_SIM_LAUNCHES") != 0;
+    if (told) {
+        std::string line = std::string("launch ") + kernel.name + " grid " + std::to_string(grid[0]) + " block " +
+                           std::to_string(block[0]) + " words";
+        for (uint64_t word : copy) line += " " + std::to_string(word);
+        dprintf(2, "%s\n", line.c_str());
+    }
     return put(stream_handle, "kernel", [&kernel, how, copy] { run(kernel, how, copy.data()); });
 }
 

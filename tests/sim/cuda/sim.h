@@ -21,12 +21,13 @@ enum : unsigned {
 class Entry {
 public:
     Entry(const char* name, unsigned flags);
-    CUresult enter();
+    CUresult enter(const void* caller);  // an address in the code that calls
 
 private:
     const char* name_;
     unsigned flags_;
     unsigned slot_;
+    unsigned own_slot_;
 };
 
 // Set while a thread runs a host function or a user object's destructor.
@@ -43,5 +44,5 @@ bool initialised();
 #define SIM_ENTRY(flags)                                              \
     do {                                                              \
         static twoshot::sim::Entry entry_(__func__, (flags));         \
-        if (CUresult refused_ = entry_.enter()) return refused_;      \
+        if (CUresult refused_ = entry_.enter(__builtin_return_address(0))) return refused_;      \
     } while (0)

@@ -9,7 +9,8 @@ const SLOT: usize = 64;
 const NAME: usize = 56;
 
 /// Counters by name: `live.*` is what a process holds, `total.*` what it ever
-/// held or did, `call.*` how often it called an entry.
+/// held or did, `call.*` how often it called an entry, `own.*` how often the library
+/// that `TWOSHOT_SIM_CALLER` names did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     values: BTreeMap<String, u64>,
@@ -43,6 +44,11 @@ impl Stats {
     /// A counter by its full name; 0 when nothing ever touched it.
     pub fn get(&self, name: &str) -> u64 {
         self.values.get(name).copied().unwrap_or(0)
+    }
+
+    /// All counters.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.values.iter().map(|(name, value)| (name.as_str(), *value))
     }
 
     /// What is held now: `allocations`, `mappings`, `fds`, `streams`...

@@ -2,11 +2,16 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <stdexcept>
 #include <thread>
 
@@ -43,6 +48,29 @@ void wait_for(const std::string& path, void* data, size_t bytes, int timeout_s) 
 
 }  // namespace
 
+void Driver::close() {
+  for (Lane& lane : lanes_) {
+    for (const Member& member : lane.comms) {
+      if (member.comm) return;
+    }
+  }
+  if (tally_.errors || !pending_.empty() || !graphs_.empty()) return;
+  for (Lane& lane : lanes_) {
+    cuCtxSetCurrent(lane.context);
+    for (const Buffer& buffer : lane.pool) {
+      if (buffer.from_nccl) {
+        call::ncclMemFree(reinterpret_cast<void*>(uintptr_t(buffer.base)));
+      } else {
+        cuMemFree_v2(buffer.base);
+      }
+    }
+    lane.pool.clear();
+    for (CUstream stream : lane.streams) cuStreamDestroy_v2(stream);
+    lane.streams.clear();
+    cuDevicePrimaryCtxRelease_v2(lane.device);
+  }
+}
+
 void Driver::run(const std::vector<Statement>& program) {
   for (const Statement& s : program) statement(s);
 }
@@ -62,6 +90,7 @@ void Driver::statement(const Statement& s) {
   uint64_t calls = tally_.calls;
   uint64_t wrong = tally_.wrong;
   notes_.clear();
+  digest_ = 0;
   failed_ = met_ = false;
   try {
     if (!dispatch(s)) throw std::runtime_error("unknown command");
@@ -80,6 +109,7 @@ void Driver::statement(const Statement& s) {
   snprintf(tail, sizeof tail, ",\"ok\":%s,\"calls\":%llu,\"wrong\":%llu,\"ms\":%.2f", failed_ ? "false" : "true",
            (unsigned long long)(tally_.calls - calls), (unsigned long long)(tally_.wrong - wrong), ms);
   std::string line = line_head(s) + tail;
+  if (digest_) line += ",\"digest\":" + std::to_string(digest_);
   if (!notes_.empty()) line += ",\"note\":\"" + json_escape(notes_) + "\"";
   print_line(line + "}");
 }
@@ -149,6 +179,8 @@ bool Driver::dispatch(const Statement& s) {
     barrier(s);
   } else if (n == "meminfo") {
     meminfo(s);
+  } else if (n == "process") {
+    process(s);
   } else if (n == "facts") {
     facts(s);
   } else if (n == "group_start" || n == "group_end") {
@@ -168,8 +200,28 @@ bool Driver::dispatch(const Statement& s) {
     }
   } else if (n == "sync") {
     for (Lane* lane : concerned(s)) accept(sync(*lane), "sync");
+  } else if (n == "release") {
+    for (Lane* lane : concerned(s)) release(*lane);
   } else if (n == "sleep") {
     if (!concerned(s).empty()) std::this_thread::sleep_for(std::chrono::milliseconds(s.number("ms", 100)));
+  } else if (n == "hold") {
+    held_ = true;
+  } else if (n == "flush") {
+    held_ = false;
+    finish_pending();
+  } else if (n == "abort_in") {
+    abort_in(s);
+  } else if (n == "forget") {
+    // The communicator was aborted by another thread.
+    for (std::thread& thread : aborting_) thread.join();
+    aborting_.clear();
+    for (Lane* lane : concerned(s)) drop_member(*lane);
+  } else if (n == "fork") {
+    fork_child(s);
+  } else if (n == "launch") {
+    launch(s);
+  } else if (n == "quit") {
+    if (!concerned(s).empty()) ::exit(int(s.number("code", 0)));
   } else if (n == "kill_self") {
     if (!concerned(s).empty()) kill(getpid(), SIGKILL);
   } else if (n == "exit") {
@@ -178,6 +230,22 @@ bool Driver::dispatch(const Statement& s) {
     return false;
   }
   return true;
+}
+
+// Everything of this rank that is not a communicator, so that what is still held is not the program's.
+void Driver::release(Lane& lane) {
+  use_lane(lane);
+  for (Buffer& buffer : lane.pool) {
+    if (buffer.from_nccl) {
+      accept(call::ncclMemFree(reinterpret_cast<void*>(buffer.base)), "ncclMemFree");
+    } else {
+      accept_cuda(cuMemFree_v2(buffer.base), "cuMemFree");
+    }
+  }
+  lane.pool.clear();
+  for (CUstream stream : lane.streams) accept_cuda(cuStreamDestroy_v2(stream), "cuStreamDestroy");
+  lane.streams.clear();
+  accept_cuda(cuDevicePrimaryCtxRelease_v2(lane.device), "cuDevicePrimaryCtxRelease");
 }
 
 void Driver::init(const Statement& s) {
@@ -195,7 +263,8 @@ void Driver::init(const Statement& s) {
   }
   long blocking = s.number("blocking", options_.blocking);
   bool fused = lanes.size() > 1;
-  std::vector<ncclComm_t> comms(lanes.size(), nullptr);
+  // Stock NCCL may write to them until the initialisation is complete.
+  auto& comms = *new std::vector<ncclComm_t>(lanes.size(), nullptr);
   ncclResult_t result = ncclSuccess;
   if (fused) accept(call::ncclGroupStart(), "ncclGroupStart");
   for (size_t i = 0; i < lanes.size(); ++i) {
@@ -291,6 +360,51 @@ void Driver::shrink(const Statement& s) {
   }
 }
 
+// Another thread aborts the communicator after a while, as a watchdog does.
+void Driver::abort_in(const Statement& s) {
+  for (Lane* lane : concerned(s)) {
+    ncclComm_t comm = lane->member().comm;
+    CUcontext context = lane->context;
+    long ms = s.number("ms", 200);
+    int rank = lane->rank;
+    aborting_.emplace_back([comm, context, ms, rank] {
+      cuCtxSetCurrent(context);
+      std::this_thread::sleep_for(std::chrono::milliseconds(ms));
+      auto started = std::chrono::steady_clock::now();
+      ncclResult_t result = call::ncclCommAbort(comm);
+      double took = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - started).count();
+      print_line("{\"cmd\":\"aborted\",\"rank\":" + std::to_string(rank) + ",\"result\":" + std::to_string(result) +
+                 ",\"ms\":" + std::to_string(took) + "}");
+    });
+  }
+}
+
+// A child that goes on using the parent's communicator, which no library can make useful, and none may crash on.
+void Driver::fork_child(const Statement& s) {
+  for (Lane* lane : concerned(s)) {
+    Call c = plan(s, *lane, calls_made_++);
+    prepare(c);
+    accept(sync(*lane), "before fork");
+    pid_t child = fork();
+    if (child == 0) {
+      int version = 0;
+      ncclResult_t state = ncclSuccess;
+      int bad = call::ncclGetVersion(&version) != ncclSuccess || version == 0;
+      call::ncclCommGetAsyncError(c.member.comm, &state);
+      issue(c);
+      call::ncclAllReduce(nullptr, nullptr, 1, ncclFloat32, ncclSum, nullptr, nullptr);
+      print_line("{\"cmd\":\"child\",\"pid\":" + std::to_string(getpid()) + counters() + "}");
+      _exit(bad);
+    }
+    int status = -1;
+    if (child < 0 || waitpid(child, &status, 0) != child || status != 0) {
+      failed_ = true;
+      note("the forked child ended with status " + std::to_string(status));
+    }
+    give_back(c);
+  }
+}
+
 void Driver::drop_member(Lane& lane) {
   lane.comms.erase(lane.comms.begin() + long(lane.comm));
   lane.comm = lane.comms.empty() ? 0 : lane.comms.size() - 1;
@@ -368,6 +482,27 @@ void Driver::meminfo(const Statement& s) {
   }
 }
 
+// What the process holds of the system: descriptors, threads, mappings. `expect=same`: no more than the last time, but
+// for `slack` mappings, which malloc moves.
+void Driver::process(const Statement& s) {
+  if (concerned(s).empty()) return;
+  auto count = [](const char* path) { return std::distance(std::filesystem::directory_iterator(path), {}); };
+  long fds = count("/proc/self/fd");
+  long threads = count("/proc/self/task");
+  std::ifstream file("/proc/self/maps");
+  long maps = std::count(std::istreambuf_iterator<char>(file), {}, '\n');
+  note("fds " + std::to_string(fds) + ", threads " + std::to_string(threads) + ", maps " + std::to_string(maps));
+  bool more = fds > held_fds_ || threads > held_threads_ || maps > held_maps_ + s.number("slack", 0);
+  if (s.text("expect", "") == "same" && more) {
+    failed_ = true;
+    note("it was " + std::to_string(held_fds_) + ", " + std::to_string(held_threads_) + ", " +
+         std::to_string(held_maps_));
+  }
+  held_fds_ = fds;
+  held_threads_ = threads;
+  held_maps_ = maps;
+}
+
 // What the communicator says of itself must be what the worker made.
 void Driver::facts(const Statement& s) {
   for (Lane* lane : concerned(s)) {
@@ -390,11 +525,15 @@ void Driver::facts(const Statement& s) {
 void Driver::group(const Statement& s, bool start) {
   if (concerned(s).empty()) return;
   if (start) {
-    in_group_ = accept(call::ncclGroupStart(), "ncclGroupStart");
+    in_group_ += accept(call::ncclGroupStart(), "ncclGroupStart");
     return;
   }
-  in_group_ = false;
+  if (in_group_ > 0) --in_group_;
   ncclResult_t result = call::ncclGroupEnd();
+  if (in_group_ > 0) {
+    accept(result, "ncclGroupEnd");
+    return;
+  }
   for (Call& c : pending_) result = settle(c.member, result);
   accept(result, "ncclGroupEnd");
   finish_pending();

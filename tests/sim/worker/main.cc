@@ -97,26 +97,6 @@ void complete(std::vector<Statement>& program) {
   }
 }
 
-std::string counters() {
-  std::string text;
-  using Counters = int (*)(uint64_t*, uint64_t*);
-  if (auto get = reinterpret_cast<Counters>(find_function("twoshot_counters"))) {
-    uint64_t routed = 0;
-    uint64_t stock = 0;
-    get(&routed, &stock);
-    text += ",\"routed\":" + std::to_string(routed) + ",\"stock\":" + std::to_string(stock);
-  }
-  using Calls = uint64_t (*)(const char*);
-  if (auto calls = reinterpret_cast<Calls>(find_function("sim_nccl_calls"))) {
-    text += ",\"nccl_allreduce_calls\":" + std::to_string(calls("ncclAllReduce"));
-  }
-  if (auto runs = reinterpret_cast<Calls>(find_function("sim_nccl_executions"))) {
-    text += ",\"nccl_allreduce_runs\":" + std::to_string(runs("ncclAllReduce"));
-    text += ",\"nccl_collnet_runs\":" + std::to_string(runs("collnet"));
-  }
-  return text;
-}
-
 int run(const Options& options, const std::string& nccl, const std::string& text) {
   std::vector<Statement> program = parse(text);
   complete(program);
@@ -134,6 +114,7 @@ int run(const Options& options, const std::string& nccl, const std::string& text
       }
       Driver driver(options, std::move(lanes));
       driver.run(program);
+      driver.close();
       std::lock_guard<std::mutex> guard(lock);
       total.calls += driver.tally().calls;
       total.wrong += driver.tally().wrong;
@@ -161,6 +142,26 @@ int run(const Options& options, const std::string& nccl, const std::string& text
 }
 
 }  // namespace
+
+std::string counters() {
+  std::string text;
+  using Counters = int (*)(uint64_t*, uint64_t*);
+  if (auto get = reinterpret_cast<Counters>(find_function("twoshot_counters"))) {
+    uint64_t routed = 0;
+    uint64_t stock = 0;
+    get(&routed, &stock);
+    text += ",\"routed\":" + std::to_string(routed) + ",\"stock\":" + std::to_string(stock);
+  }
+  using Calls = uint64_t (*)(const char*);
+  if (auto calls = reinterpret_cast<Calls>(find_function("sim_nccl_calls"))) {
+    text += ",\"nccl_allreduce_calls\":" + std::to_string(calls("ncclAllReduce"));
+  }
+  if (auto runs = reinterpret_cast<Calls>(find_function("sim_nccl_executions"))) {
+    text += ",\"nccl_allreduce_runs\":" + std::to_string(runs("ncclAllReduce"));
+    text += ",\"nccl_collnet_runs\":" + std::to_string(runs("collnet"));
+  }
+  return text;
+}
 
 void open_nccl(const char* path) {
   library = dlopen(path, RTLD_NOW | RTLD_LOCAL);

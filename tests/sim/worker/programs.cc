@@ -9,18 +9,42 @@
 
 namespace worker {
 
+// `counts=a,b,..`: one call for each. `slices=K`: the same payload in K calls. `mixed`: every rank places its buffers
+// by its own lot.
 void Driver::collective(const Statement& s, Coll coll) {
+  std::vector<Statement> rounds;
+  for (const std::string& count : split_list(s.text("counts", s.text("count", "1000")), ',')) {
+    Statement one = s;
+    one.args["count"] = count;
+    size_t whole = size_t(one.number("count", 0));
+    size_t slices = size_t(s.number("slices", 1));
+    for (size_t i = 0; i < slices; ++i) {
+      size_t first = whole * i / slices;
+      one.args["first"] = std::to_string(first);
+      one.args["count"] = std::to_string(whole * (i + 1) / slices - first);
+      rounds.push_back(one);
+    }
+  }
   long reps = s.number("reps", 1);
-  for (long i = 0; i < reps && !failed_ && !met_; ++i) {
+  for (size_t i = 0; i < rounds.size() * size_t(reps) && !failed_ && !met_; ++i) {
     std::vector<Call> calls;
     uint64_t number = calls_made_++;
     for (Lane* lane : concerned(s)) {
-      Call c = plan(s, *lane, number);
+      Statement mine = rounds[i % rounds.size()];
+      if (s.has("mixed")) place(mine, Random(uint64_t(s.number("seed", 1)), number, 1000 + uint64_t(lane->rank)));
+      Call c = plan(mine, *lane, number);
       if (coll == Coll::kAllReduce) c.coll = coll;
       calls.push_back(c);
     }
     run_calls(calls);
   }
+}
+
+// In place for one rank in three, off by up to 16 elements for every other buffer.
+void Driver::place(Statement& s, Random own) {
+  s.args["inplace"] = std::to_string(own.below(3) == 0);
+  s.args["offset"] = std::to_string(own.below(2) ? own.below(17) : 0);
+  s.args["out_offset"] = std::to_string(own.below(2) ? own.below(17) : 0);
 }
 
 // The same count, type and operation on all ranks; offset and placement differ.
@@ -32,6 +56,7 @@ void Driver::random(const Statement& s) {
   std::vector<std::string> ops = split_list(s.text("ops", "sum"), ',');
   bool delays = s.number("delays", 0) != 0;
   long streams = s.number("streams", 1);
+  long comms = s.number("comms", 1);
   for (long i = 0; i < calls && !failed_ && !met_; ++i) {
     uint64_t number = calls_made_++;
     Random common(seed, number);
@@ -44,6 +69,7 @@ void Driver::random(const Statement& s) {
     size_t count = 1 + common.below(std::min(most, size_t(1) << (1 + common.below(bits))));
     one.args["count"] = std::to_string(count);
     one.args["seed"] = std::to_string(seed);
+    long comm = comms > 1 ? long(common.below(uint64_t(comms))) : 0;
     std::vector<Call> planned;
     for (Lane* lane : concerned(s)) {
       Random own(seed, number, 1000 + uint64_t(lane->rank));
@@ -58,6 +84,8 @@ void Driver::random(const Statement& s) {
         lane->streams.push_back(made);
       }
       if (streams > 1) lane->stream = own.below(uint64_t(streams));
+      // Any of the communicators the lane has; ranks outside it sit the call out.
+      if (comms > 1) lane->comm = size_t(comm);
       if (delays) std::this_thread::sleep_for(std::chrono::microseconds(own.below(4) ? 0 : own.below(3000)));
       planned.push_back(plan(mine, *lane, number));
     }
@@ -116,7 +144,35 @@ void Driver::capture(const Statement& s) {
     use_lane(*lane);
     if (!accept_cuda(cuStreamBeginCapture_v2(lane->current(), mode), "cuStreamBeginCapture")) return;
   }
+  // `streams=K`: the capture forks into K streams, which take turns, and joins.
+  size_t branches = size_t(s.number("streams", 1));
+  std::vector<CUevent> events;
+  auto edge = [&](CUstream from, CUstream to) {
+    CUevent event = nullptr;
+    accept_cuda(cuEventCreate(&event, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
+    accept_cuda(cuEventRecord(event, from), "cuEventRecord");
+    accept_cuda(cuStreamWaitEvent(to, event, 0), "cuStreamWaitEvent");
+    events.push_back(event);
+  };
+  size_t origin = lanes.empty() ? 0 : lanes[0]->stream;
+  if (branches > 1) {
+    for (Lane* lane : lanes) {
+      while (lane->streams.size() < branches) {
+        CUstream made = nullptr;
+        accept_cuda(cuStreamCreate(&made, CU_STREAM_NON_BLOCKING), "cuStreamCreate");
+        lane->streams.push_back(made);
+      }
+      for (size_t i = 0; i < branches; ++i) {
+        if (i != lane->stream) edge(lane->current(), lane->streams[i]);
+      }
+    }
+  }
+  size_t turn = 0;
   for (auto& round : rounds) {
+    if (branches > 1) {
+      for (Lane* lane : lanes) lane->stream = (origin + turn) % branches;
+      ++turn;
+    }
     if (round.size() > 1) accept(call::ncclGroupStart(), "ncclGroupStart");
     for (Call& c : round) {
       ncclResult_t result = issue(c);
@@ -125,6 +181,13 @@ void Driver::capture(const Statement& s) {
     }
     if (round.size() > 1) accept(call::ncclGroupEnd(), "ncclGroupEnd");
   }
+  for (Lane* lane : lanes) {
+    lane->stream = origin;
+    for (size_t i = 0; branches > 1 && i < branches; ++i) {
+      if (i != origin) edge(lane->streams[i], lane->current());
+    }
+  }
+  for (CUevent event : events) accept_cuda(cuEventDestroy_v2(event), "cuEventDestroy");
   for (Lane* lane : lanes) {
     use_lane(*lane);
     CUgraph made = nullptr;
@@ -158,6 +221,17 @@ void Driver::replay(const Statement& s) {
     for (Lane* lane : concerned(s)) clean = accept(sync(*lane), "replay") && clean;
     if (!clean || met_) return;
     for (Call& c : graph.calls) check(c);
+  }
+}
+
+// `launch graph=G stream=S`: queues a graph and goes on; what it computes is not looked at.
+void Driver::launch(const Statement& s) {
+  Graph& graph = graphs_.at(size_t(s.number("graph", 0)));
+  size_t at = 0;
+  for (Lane* lane : concerned(s)) {
+    use_lane(*lane);
+    CUstream stream = lane->streams.at(size_t(s.number("stream", 0)));
+    accept_cuda(cuGraphLaunch(graph.execs.at(at++), stream), "cuGraphLaunch");
   }
 }
 

@@ -224,6 +224,12 @@ uint64_t encode(int type, float value) {
 }
 
 uint64_t element(const Payload& payload, int type, int rank, uint64_t index) {
+  index += payload.first;
+  if (payload.kind == Payload::kWords) {
+    size_t halves = type == ncclFloat32 ? 1 : 2;
+    uint32_t word = payload.words[(index / halves + size_t(rank) * payload.call) % payload.words.size()];
+    return halves == 1 ? word : word >> (16 * (index % 2)) & 0xffff;
+  }
   if (payload.kind == Payload::kPattern) {
     if (rank != payload.carrier) return payload.filler;
     if (type == ncclFloat32) return special_bits(type, mix(index / 2 + payload.phase * 977));

@@ -32,16 +32,19 @@ size_t type_bytes(int type);
 bool is_float(int type);
 
 struct Payload {
-  enum Kind { kRandom, kPattern };
+  enum Kind { kRandom, kPattern, kWords };
   Kind kind = kRandom;
   uint64_t seed = 0;
   uint64_t call = 0;
+  uint64_t first = 0;  // index of element 0 in a longer payload, of which this is a slice
   bool special = true;  // NaN, infinities, subnormals, both zeros, sentinel look-alikes among the values
   // kPattern: `carrier` walks through bit patterns in every `stride`-th element, starting at `phase`; the rest and the
   // other ranks hold `filler`.
   int carrier = 0;
   uint64_t phase = 0;
   uint32_t filler = 0;
+  // kWords: these 32-bit words in turn, every rank beginning with another; 16-bit types fill both halves from them.
+  std::vector<uint32_t> words;
 };
 
 // The bits of element `index` of `rank`.

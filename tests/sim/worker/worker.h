@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cuda_abi.h"
@@ -119,6 +120,8 @@ class Driver {
  public:
   Driver(const Options& options, std::vector<Lane> lanes) : options_(options), lanes_(std::move(lanes)) {}
   void run(const std::vector<Statement>& program);
+  // Gives back what the program itself took, if it has destroyed its communicators.
+  void close();
   const Tally& tally() const { return tally_; }
 
  private:
@@ -146,34 +149,44 @@ class Driver {
   void finish_pending();
 
   void collective(const Statement& s, Coll coll);
+  void place(Statement& s, Random own);
   void random(const Statement& s);
   void patterns(const Statement& s);
   void capture(const Statement& s);
   void replay(const Statement& s);
+  void launch(const Statement& s);
 
   // commands.cc
   void init(const Statement& s);
   void init_all(const Statement& s);
   void split(const Statement& s);
   void shrink(const Statement& s);
+  void abort_in(const Statement& s);
+  void fork_child(const Statement& s);
   void end_comm(const Statement& s);
   void async_error(const Statement& s);
   void barrier(const Statement& s);
   void meminfo(const Statement& s);
+  void process(const Statement& s);
   void facts(const Statement& s);
   void group(const Statement& s, bool start);
   void drop_member(Lane& lane);
+  void release(Lane& lane);
 
   Options options_;
   std::vector<Lane> lanes_;
   Tally tally_;
-  bool in_group_ = false;
+  int in_group_ = 0;  // open groups of the script
+  bool held_ = false;  // calls are issued, but not waited for
   std::vector<Call> pending_;
   std::vector<Graph> graphs_;
+  std::vector<std::thread> aborting_;
   uint64_t calls_made_ = 0;
   int inits_ = 0;
   int barriers_ = 0;
   size_t free_seen_ = 0;
+  long held_fds_ = 0, held_threads_ = 0, held_maps_ = 0;
+  uint64_t digest_ = 0;  // of the results of the running statement's AllReduce calls, end to end; 0: none
 
   // State of the running statement.
   std::string notes_;
@@ -186,5 +199,6 @@ class Driver {
 // main.cc
 void print_line(const std::string& line);
 std::string json_escape(const std::string& text);
+std::string counters();
 
 }  // namespace worker

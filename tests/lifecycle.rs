@@ -1,0 +1,193 @@
+//! The life of communicators: made in every way, ended in every way, many at once, in groups.
+mod common;
+#[path = "common/script.rs"]
+mod script;
+
+use common::{Door, Job};
+use script::{field, lines_of, ms, one_process, routed, stock_runs};
+use twoshot_sim::Topology;
+
+#[test]
+fn a_communicator_and_those_split_and_shrunk_from_it_are_each_set_up_and_released() {
+    let program = "facts; allreduce count=100; split div=2; facts; allreduce count=200; use comm=0; \
+        split color=0 reverse; facts; allreduce count=300; use comm=0; split color=0 none=3; allreduce count=400; \
+        use comm=0; shrink exclude=0,3; allreduce count=500; use comm=0; allreduce count=600; \
+        destroy; destroy; destroy; destroy; destroy";
+    let report = Job::new(Topology::one_host(4), program).run();
+    report.expect_success().expect_on().expect_nothing_live();
+    // Rank 1 is a member of all five.
+    assert_eq!(report.counters(1), (6, 0), "{}", report.outcomes[1]);
+}
+
+#[test]
+fn finalize_before_destroy_and_destroy_alone_release_alike() {
+    for end in ["destroy", "finalize; destroy", "barrier; abort; init; allreduce count=10; destroy"] {
+        let program = format!("init; allreduce count=100 reps=3; {end}");
+        let report = Job::new(Topology::one_host(2), &program).run();
+        report.expect_success().expect_on().expect_nothing_live();
+    }
+}
+
+#[test]
+fn communicators_made_again_and_again_start_anew_though_addresses_come_back() {
+    let program = "repeat n=12; init; allreduce count=1000; allreduce count=33 dtype=bf16; destroy; end; \
+        init; allreduce count=5; meminfo; repeat n=6; split color=0; allreduce count=70; destroy; end; \
+        allreduce count=9; meminfo expect=same; destroy";
+    let report = Job::new(Topology::one_host(2), program).env("TWOSHOT_MAX_BYTES", "64K").run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for rank in 0..2 {
+        assert_eq!(report.counters(rank), (32, 0), "{}", report.outcomes[rank]);
+    }
+}
+
+#[test]
+fn fifty_communicators_live_side_by_side() {
+    let program = "init; repeat n=50; use comm=0; split color=0; allreduce count=200; end; \
+        random calls=60 comms=51 max=300 seed=3; repeat n=51; destroy; end";
+    let job = Job::new(Topology::one_host(2), program).env("TWOSHOT_MAX_BYTES", "16K");
+    let report = job.run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for rank in 0..2 {
+        assert_eq!(report.counters(rank), (110, 0), "{}", report.outcomes[rank]);
+    }
+}
+
+#[test]
+fn where_memory_ends_further_communicators_stay_with_stock_and_nothing_leaks() {
+    let program = "init; repeat n=16; use comm=0; split color=0; allreduce count=200; end; repeat n=17; destroy; end";
+    let report = Job::new(Topology::one_host(2), program).run();
+    report.expect_success().expect_nothing_live();
+    for rank in 0..2 {
+        let lines = report.lines(rank);
+        let count = |word: &str| lines.iter().filter(|line| line.contains(word)).count();
+        assert!(count(": ON,") >= 2 && count(": OFF,") >= 2, "{}", report.outcomes[rank]);
+        let (routed, stock) = report.counters(rank);
+        assert_eq!(routed + stock, 16, "{}", report.outcomes[rank]);
+    }
+}
+
+#[test]
+fn overlapping_communicators_and_twins_used_in_random_order_do_not_mix_up() {
+    // {0,1,2,3} twice, {0,1} and {2,3}, {0,2} and {1,3}, {0,1,2}, {1,2}.
+    let program = "init; split color=0; use comm=0; split div=2; use comm=0; split mod=2; use comm=0; \
+        split color=0 none=3; use comm=0; shrink exclude=0,3; random calls=150 comms=6 seed=11 max=2000 delays=1; \
+        repeat n=6; destroy; end";
+    let report = Job::new(Topology::one_host(4), program).env("TWOSHOT_MAX_BYTES", "64K").run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for rank in 0..4 {
+        assert_eq!(report.counters(rank).1, 0, "{}", report.outcomes[rank]);
+    }
+}
+
+#[test]
+fn a_non_blocking_communicator_stays_with_stock_and_so_do_its_children() {
+    let program =
+        "init blocking=0; allreduce count=100 reps=3; split color=0; allreduce count=100 reps=2; destroy; destroy";
+    for door in [Door::Plugin, Door::Preload] {
+        let job = Job::new(Topology::one_host(2), program).door(door).env("SIM_NCCL_INPROGRESS_MS", 300);
+        let report = job.run();
+        report.expect_success().expect_nothing_live();
+        for (rank, outcome) in report.outcomes.iter().enumerate() {
+            let lines = report.lines(rank);
+            let off: Vec<_> = lines.iter().filter(|line| line.contains(": OFF,")).collect();
+            // The first communicator of a process is made before the plugin door opens, so nothing is known of it.
+            assert!(off.iter().all(|line| line.contains("non-blocking")), "{outcome}");
+            if door == Door::Preload {
+                assert_eq!(off.len(), 2, "{outcome}");
+                assert_eq!(routed(outcome), 0, "{outcome}");
+            }
+        }
+    }
+}
+
+#[test]
+fn made_inside_a_group_a_non_blocking_communicator_is_known_as_such() {
+    let program = "group_start; init blocking=0 wait=0; expect_error code=7; group_end; async_error expect=0 within=5000; \
+        allreduce count=100; destroy";
+    let report = Job::new(Topology::one_host(2), program).door(Door::Preload).run();
+    report.expect_off("non-blocking").expect_nothing_live();
+}
+
+#[test]
+fn while_an_initialisation_is_in_progress_no_call_blocks_and_abort_works() {
+    let program =
+        "init blocking=0 wait=0; async_error expect=7 each=200; sleep ms=200; async_error expect=7 each=200; abort";
+    let job = Job::new(Topology::one_host(2), program).door(Door::Preload);
+    let report = job.env("SIM_NCCL_INPROGRESS_MS", "forever").run();
+    report.expect_success().expect_nothing_live();
+    for outcome in &report.outcomes {
+        assert!(ms(outcome, "init") < 2000.0 && ms(outcome, "abort") < 1000.0, "{outcome}");
+    }
+}
+
+#[test]
+fn a_revoked_communicator_refuses_further_calls_and_can_be_shrunk() {
+    let program = "init; allreduce count=100 reps=2; barrier; revoke; expect_error; allreduce count=100; \
+        shrink exclude=2 abort=1 on=0,1; allreduce count=200 reps=3 on=0,1; destroy on=0,1; destroy on=0,1; destroy on=2";
+    let report = Job::new(Topology::one_host(3), program).run();
+    report.expect_success();
+    for rank in 0..2 {
+        assert_eq!(routed(&report.outcomes[rank]), 5, "{}", report.outcomes[rank]);
+    }
+}
+
+#[test]
+fn in_a_group_calls_go_to_stock_are_right_and_wait_for_its_end() {
+    let program = "init; allreduce count=10; group_start; allreduce count=100; allreduce count=200; group_end; \
+        group_start; group_start; allreduce count=50; group_end; collective name=broadcast count=70; \
+        allreduce count=60 dtype=bf16; group_end; allreduce count=11; destroy";
+    let report = Job::new(Topology::one_host(3), program).run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for outcome in &report.outcomes {
+        assert_eq!(routed(outcome), 2, "{outcome}");
+        assert_eq!(stock_runs(outcome), 4, "{outcome}");
+    }
+}
+
+#[test]
+fn a_first_call_inside_a_group_is_stocks_and_a_later_one_is_routed() {
+    let program = "group_start; allreduce count=100; group_end; allreduce count=100 reps=2; destroy";
+    let report = Job::new(Topology::one_host(2), program).run();
+    report.expect_success().expect_on();
+    for rank in 0..2 {
+        assert_eq!(report.counters(rank), (2, 1), "{}", report.outcomes[rank]);
+    }
+}
+
+#[test]
+fn one_thread_with_all_gpus_works_in_groups_and_launches_nothing_of_ours() {
+    for program in [
+        "allreduce count=100 reps=3; collective name=allgather count=20; destroy",
+        "init_all; random calls=6 max=4000 seed=2; destroy",
+    ] {
+        for blocking in ["0", "1"] {
+            let (session, outcome) = one_process(3, "--gpus", program, &[("CUDA_LAUNCH_BLOCKING", blocking)]);
+            outcome.expect_success();
+            assert_eq!(routed(&outcome), 0, "{outcome}");
+            session.stats(outcome.pid).expect("stats").assert_nothing_live();
+        }
+    }
+}
+
+#[test]
+fn several_threads_with_a_gpu_each_are_routed() {
+    let program = "random calls=12 max=4000 seed=4; split color=0; allreduce count=300; destroy; destroy";
+    let (session, outcome) = one_process(3, "--threads", program, &[]);
+    outcome.expect_success();
+    assert_eq!(routed(&outcome), 39, "{outcome}");
+    session.stats(outcome.pid).expect("stats").assert_nothing_live();
+    assert_eq!(lines_of(&outcome, "allreduce").len(), 3);
+}
+
+#[test]
+fn a_destroyed_communicator_is_an_error_of_stock_and_no_crash() {
+    // The worker's own handle is gone with destroy; a null one is left to stock as well.
+    let program = "init; allreduce count=10; abort_in ms=1; sleep ms=300; expect_error; allreduce count=10; forget; \
+        init; allreduce count=20; destroy";
+    let report = Job::new(Topology::one_host(2), program).run();
+    report.expect_success();
+    for outcome in &report.outcomes {
+        assert!(field(lines_of(outcome, "aborted")[0], "ms") < 1000.0, "{outcome}");
+        assert_eq!(routed(outcome), 2, "{outcome}");
+    }
+}

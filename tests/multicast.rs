@@ -1,0 +1,228 @@
+//! Multicast objects: taken where the topology has them, kept away where the user or the fabric says so, and given up
+//! by all ranks together, for unicast and never for an error, when anything about them fails on any rank.
+mod common;
+#[path = "worlds/world.rs"]
+mod world;
+
+use std::time::Duration;
+
+use common::{Job, Report};
+use twoshot_sim::{Fabric, Topology};
+use world::{calls_beginning, expect_nothing_left, expect_wire, hosts};
+
+/// One- and two-shot, every type; a further command gives what lags behind time to end.
+const CALLS: &str = "allreduce dtype=f32 counts=3,300,1000 mixed; allreduce dtype=bf16 counts=900,17 mixed; \
+                     allreduce dtype=f16 counts=40,801 mixed; destroy";
+const CODES: [i32; 9] = [1, 2, 101, 201, 401, 800, 801, 802, 999];
+
+fn job(topology: Topology, program: &str) -> Job {
+    Job::new(topology, program).env("TWOSHOT_ONESHOT_MAX_BYTES", 1024).env("TWOSHOT_MAX_BYTES", 8192)
+}
+
+/// Right results on every rank, over unicast, with nothing left behind.
+#[track_caller]
+fn expect_unicast(report: &Report) {
+    report.expect_success();
+    expect_wire(report, "unicast");
+    for rank in 0..report.outcomes.len() {
+        assert!(report.counters(rank).0 > 0, "nothing was routed: {}", report.outcomes[rank]);
+    }
+    expect_nothing_left(report);
+}
+
+#[track_caller]
+fn expect_no_multicast_call(report: &Report) {
+    expect_unicast(report);
+    assert_eq!(calls_beginning(report, "cuMulticast"), 0);
+}
+
+/// Both kinds of handles: one host, and two hosts of one fabric.
+fn both() -> [Topology; 2] {
+    [hosts(&[3]), hosts(&[2, 1])]
+}
+
+#[test]
+fn where_all_ranks_have_multicast_one_object_joins_them_and_is_given_back() {
+    for topology in both() {
+        let report = job(topology, CALLS).run();
+        report.expect_success();
+        expect_wire(&report, "multicast");
+        expect_nothing_left(&report);
+        for (call, times) in [("cuMulticastCreate", 1), ("cuMulticastAddDevice", 3), ("cuMulticastBindMem", 3)] {
+            assert_eq!(calls_beginning(&report, call), times, "{call}");
+        }
+        assert_eq!(calls_beginning(&report, "cuMulticastUnbind"), 3);
+    }
+}
+
+#[test]
+fn switched_off_on_one_rank_alone_no_rank_makes_a_multicast_call() {
+    for topology in both() {
+        for (rank, name) in
+            [(0, "NCCL_NVLS_ENABLE"), (2, "NCCL_NVLS_ENABLE"), (0, "TWOSHOT_MULTICAST"), (1, "TWOSHOT_MULTICAST")]
+        {
+            expect_no_multicast_call(&job(topology.clone(), CALLS).rank_env(rank, name, 0).run());
+        }
+        expect_no_multicast_call(&job(topology.clone(), CALLS).env("NCCL_NVLS_ENABLE", 0).run());
+        expect_no_multicast_call(&job(topology, CALLS).env("TWOSHOT_MULTICAST", 0).run());
+    }
+}
+
+#[test]
+fn a_gpu_without_multicast_keeps_all_multicast_calls_away() {
+    for topology in both() {
+        expect_no_multicast_call(&job(topology.gpu(0, 1, "multicast=0"), CALLS).run());
+    }
+}
+
+#[test]
+fn an_unfinished_fabric_sees_no_multicast_call() {
+    for state in [Fabric::NotSupported, Fabric::NotStarted, Fabric::InProgress] {
+        expect_no_multicast_call(&job(hosts(&[3]).with_host(0, |host| host.fabric = state), CALLS).run());
+    }
+}
+
+#[test]
+fn a_communicator_that_never_reduces_takes_no_memory_and_no_object() {
+    let report = job(hosts(&[2, 2]), "init; barrier; destroy").run();
+    report.expect_success();
+    for prefix in ["cuMulticast", "cuMemCreate", "cuMemExport", "cuMemImport", "cuMemAddressReserve"] {
+        assert_eq!(calls_beginning(&report, prefix), 0, "{prefix}");
+    }
+}
+
+/// Every use that fails: the entry, and which use of it belongs to multicast among `ranks` ranks.
+fn failures(fabric: bool, ranks: u32) -> Vec<(&'static str, u32, Vec<u32>)> {
+    let probes = u32::from(fabric);
+    let all: Vec<u32> = (0..ranks).collect();
+    vec![
+        ("cuMulticastGetGranularity", 0, all.clone()),
+        ("cuMulticastCreate", 0, vec![0]),
+        ("cuMemExportToShareableHandle", probes + 2, vec![0]),
+        ("cuMemImportFromShareableHandle", probes + ranks, all[1..].to_vec()),
+        ("cuMulticastAddDevice", 0, all.clone()),
+        ("cuMulticastBindMem", 0, all.clone()),
+        ("cuMemAddressReserve", 2, all.clone()),
+        ("cuMemMap", ranks + 1, all.clone()),
+        ("cuMemSetAccess", ranks + 1, all),
+    ]
+}
+
+fn every_failure_gives_unicast(topology: &Topology, fabric: bool, codes: &[i32]) {
+    for (call, nth, ranks) in failures(fabric, 3) {
+        for rank in ranks {
+            for code in codes {
+                let rule = format!("rank={rank},call={call},nth={nth},code={code}");
+                eprintln!("{rule}");
+                expect_unicast(&job(topology.clone(), CALLS).env("TWOSHOT_SIM_FAULTS", &rule).run());
+            }
+        }
+    }
+}
+
+#[test]
+fn on_one_host_every_error_of_every_multicast_step_on_any_rank_means_unicast_for_all() {
+    every_failure_gives_unicast(&hosts(&[3]), false, &CODES);
+}
+
+#[test]
+fn across_hosts_every_multicast_step_that_fails_on_any_rank_means_unicast_for_all() {
+    every_failure_gives_unicast(&hosts(&[2, 1]), true, &[2, 401, 800]);
+}
+
+#[test]
+fn a_multicast_call_that_blocks_is_left_behind_at_the_deadline_for_unicast() {
+    for call in ["cuMulticastCreate", "cuMulticastAddDevice", "cuMulticastBindMem"] {
+        let rule = format!("rank=0,call={call},block");
+        let report =
+            job(hosts(&[2, 1]), CALLS).env("TWOSHOT_SIM_FAULTS", &rule).env("TWOSHOT_SETUP_TIMEOUT_MS", 1500).run();
+        report.expect_success();
+        expect_wire(&report, "unicast");
+        for outcome in &report.outcomes {
+            assert!(outcome.elapsed < Duration::from_secs(10), "{call}: {outcome}");
+            // What the blocked call works on stays with it; nobody else keeps anything.
+            if outcome.rank != 0 {
+                let stats = report.session.stats(outcome.pid).unwrap();
+                stats.assert_nothing_live_but(&["contexts", "streams", "device_allocations", "device_bytes"]);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_bind_that_returns_after_its_deadline_gives_everything_back() {
+    let program = format!("{} sleep ms=2500", CALLS.replace("destroy", "destroy;"));
+    let report = job(hosts(&[2, 1]), &program)
+        .env("TWOSHOT_SIM_FAULTS", "rank=1,call=cuMulticastBindMem,delay=2500")
+        .env("TWOSHOT_SETUP_TIMEOUT_MS", 1000)
+        .run();
+    expect_unicast(&report);
+}
+
+#[test]
+fn an_address_of_zero_for_the_multicast_window_is_refused_for_unicast() {
+    for rank in 0..3 {
+        expect_unicast(&job(hosts(&[3]), CALLS).rank_env(rank, "TWOSHOT_SIM_NULL_RESERVE", 2).run());
+    }
+}
+
+#[test]
+fn an_address_of_zero_for_the_windows_leaves_all_ranks_with_stock() {
+    for rank in 0..3 {
+        let report = job(hosts(&[3]), CALLS).rank_env(rank, "TWOSHOT_SIM_NULL_RESERVE", 1).run();
+        report.expect_success().expect_off("map");
+        expect_nothing_left(&report);
+    }
+}
+
+#[test]
+fn twenty_communicators_share_three_slots_without_an_error() {
+    let program = format!(
+        "repeat n=20; init; {} end; repeat n=20; use comm=0; allreduce count=70; destroy; end",
+        CALLS.replace("destroy", "")
+    );
+    let report = job(hosts(&[3]).multicast_slots(3), &program).run();
+    report.expect_success().expect_on();
+    expect_nothing_left(&report);
+    let stats = report.session.sum_of_stats().unwrap();
+    assert!(stats.total("multicast_objects") <= 3, "{} objects", stats.total("multicast_objects"));
+    for rank in 0..3 {
+        let wires = |wire: &str| report.lines(rank).iter().filter(|line| line.contains(wire)).count();
+        assert_eq!(wires(": ON,"), 20);
+        assert_eq!(wires(", multicast,"), 3, "all slots are used");
+    }
+}
+
+#[test]
+fn the_hundred_and_twenty_ninth_object_is_refused_and_its_communicator_uses_unicast() {
+    // 17 pairs of ranks want 8 objects each: 136, of which the switch has room for 128.
+    let pairs = "init; barrier; repeat n=8; use comm=0; split div=2; allreduce dtype=bf16 counts=40,900 mixed; end; \
+                 barrier; repeat n=9; destroy; end";
+    let report = job(hosts(&[34]).gpus("mem=1G"), pairs).run();
+    report.expect_success().expect_on();
+    expect_nothing_left(&report);
+    let stats = report.session.sum_of_stats().unwrap();
+    assert_eq!(stats.total("multicast_objects"), 128);
+    let wires = |wire: &str| (0..34).flat_map(|rank| report.lines(rank)).filter(|line| line.contains(wire)).count();
+    assert_eq!((wires(", multicast,"), wires(", unicast,")), (2 * 128, 2 * 8));
+}
+
+#[test]
+fn only_the_smallest_granularity_is_asked_for() {
+    // The recommended one would not even fit the GPU.
+    let topology = hosts(&[2, 2]).gpus("mem=256M granularity=2M mc-granularity=4M mc-recommended=512M");
+    let report = job(topology, CALLS).run();
+    report.expect_success();
+    expect_wire(&report, "multicast");
+    for rank in 0..4 {
+        assert!(report.lines(rank).iter().any(|line| line.contains("memory 4194304 B")), "{}", report.outcomes[rank]);
+    }
+}
+
+#[test]
+fn gpus_of_one_cluster_on_hosts_of_different_granularity_agree_on_one_window() {
+    let topology = hosts(&[2, 2]).gpu(0, 1, "granularity=4M").gpu(1, 0, "mc-granularity=8M");
+    let report = job(topology, CALLS).run();
+    report.expect_success().expect_on();
+    expect_nothing_left(&report);
+}
