@@ -17,7 +17,7 @@ fn main() -> ExitCode {
     }
     // Our own references to our exports must not be rebound to stock NCCL's functions of the same names; and slots that
     // lead here would dangle if the library were unloaded.
-    println!("cargo::rustc-cdylib-link-arg=-Wl,-Bsymbolic,-z,nodelete");
+    println!("cargo::rustc-cdylib-link-arg=-Wl,-Bsymbolic,-z,nodelete,-z,separate-code");
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {

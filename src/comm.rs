@@ -6,6 +6,7 @@ mod ready;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
@@ -33,7 +34,7 @@ pub enum State<'a> {
     Lost,
 }
 
-// Zero: new.
+const NEW: u8 = 0;
 const DECLINED: u8 = 1;
 const READY: u8 = 2;
 const LOST: u8 = 3;
@@ -55,6 +56,7 @@ pub struct Communicator {
     ready: OnceLock<Arc<Ready>>,
     hints: Hints,
     told: AtomicBool,
+    cancelled: AtomicBool,
     /// Its calls.
     pub counters: Counters,
 }
@@ -92,6 +94,34 @@ impl Communicator {
     /// Claims the right to set it up; NCCL forbids two threads in one communicator, a program may still do it.
     pub fn claim(&self) -> bool {
         !self.busy.swap(true, Ordering::AcqRel)
+    }
+
+    /// Whether some thread is setting it up right now.
+    pub fn setting_up(&self) -> bool {
+        self.busy.load(Ordering::Acquire) && self.state.load(Ordering::Acquire) == NEW
+    }
+
+    /// Ends what must not outlive the communicator: a set-up in progress, and its kernels.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Release);
+        if let State::Ready(ready) = self.state() {
+            ready.abort();
+        }
+    }
+
+    /// Whether the communicator is being aborted: stock NCCL must not be asked about it any more.
+    pub fn cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Acquire)
+    }
+
+    /// A set-up that ended without a verdict leaves peers waiting: no later call may go on as if it had not begun.
+    pub fn settle(&self) {
+        let _ = self.state.compare_exchange(NEW, LOST, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// Gives the right to set it up back, where nothing had begun.
+    pub fn unclaim(&self) {
+        self.busy.store(false, Ordering::Release);
     }
 
     /// Sets it up with its peers and latches the outcome: no later call tries again.
@@ -186,15 +216,28 @@ pub fn created(comm: usize, hints: Hints) {
 }
 
 fn insert(comm: usize, hints: Hints, replace: bool) -> Arc<Communicator> {
+    let (communicator, old) = exchange_entry(comm, hints, replace);
+    if let Some(old) = old
+        && let State::Ready(ready) = old.state()
+    {
+        // Its end was not seen. What it held goes as at an abort, and not under the lock.
+        let ready = Arc::clone(ready);
+        drop(old);
+        ready.release(Duration::ZERO, true);
+    }
+    communicator
+}
+
+fn exchange_entry(comm: usize, hints: Hints, replace: bool) -> (Arc<Communicator>, Option<Arc<Communicator>>) {
     let _changes = CHANGES.lock();
     if !replace && let Some(found) = TABLE.load().get(&comm) {
-        return Arc::clone(found);
+        return (Arc::clone(found), None);
     }
     let communicator = Arc::new(Communicator { hints, ..Communicator::default() });
     let mut table = Table::clone(&TABLE.load());
-    table.insert(comm, Arc::clone(&communicator));
+    let old = table.insert(comm, Arc::clone(&communicator));
     TABLE.store(Arc::new(table));
-    communicator
+    (communicator, old)
 }
 
 /// The communicator if it is known, without making it known.

@@ -4,6 +4,8 @@ mod common;
 
 #[path = "setup_faults/cell.rs"]
 mod cell;
+#[path = "setup_faults/found.rs"]
+mod found;
 #[path = "setup_faults/leaks.rs"]
 mod leaks;
 #[path = "setup_faults/once.rs"]

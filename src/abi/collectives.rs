@@ -38,8 +38,8 @@ fn set_up(stock: &Stock, communicator: &Arc<Communicator>, comm: Comm, stream: R
             && (functions.comm_cu_device)(comm, &mut device) == code::SUCCESS
     };
     let (Ok(rank), Ok(ranks), true) = (u32::try_from(rank), u32::try_from(ranks), known) else {
-        // Not a communicator: stock NCCL tells the caller.
-        comm::remove(comm as usize);
+        // Not a communicator, or not complete yet: stock NCCL tells the caller.
+        communicator.unclaim();
         return Ok(());
     };
     if ranks < 2 {
@@ -47,12 +47,14 @@ fn set_up(stock: &Stock, communicator: &Arc<Communicator>, comm: Comm, stream: R
         return Ok(());
     }
     super::bind_again();
+    let _settled = Settled(communicator);
     let deadline = Duration::from_millis(Config::get().setup_timeout_ms);
     let outcome = inside(
         |_| {
             let context = retain(device, deadline);
             let own = context.as_ref().ok().map(Arc::clone);
-            let mut exchange = StockExchange::new(stock, comm, device, (rank, ranks), own, stream, deadline)?;
+            let mut exchange =
+                StockExchange::new(stock, (communicator, comm), device, (rank, ranks), own, stream, deadline)?;
             communicator.set_up(&mut exchange, device, context)
         },
         stock,
@@ -61,6 +63,15 @@ fn set_up(stock: &Stock, communicator: &Arc<Communicator>, comm: Comm, stream: R
         warning!(device, "rank {rank}/{ranks}: {error}");
         result_of(&error)
     })
+}
+
+/// Whatever way a set-up ends, the communicator is in a state behind it.
+struct Settled<'a>(&'a Communicator);
+
+impl Drop for Settled<'_> {
+    fn drop(&mut self) {
+        self.0.settle();
+    }
 }
 
 /// What every other collective does before it goes to stock.

@@ -1,10 +1,12 @@
 //! The exchange of the direct door: stock NCCL's own AllGather, on the communicator that is being set up.
 
 use std::ffi::c_void;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Code, code};
+use crate::comm::Communicator;
 use crate::driver::{Context, HostMemory, RawStream, Scratch, Stream, wait_for, with_relaxed_capture};
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
@@ -28,14 +30,16 @@ enum Buffer {
 /// One communicator's exchange.
 pub struct StockExchange<'a> {
     stock: &'a Stock,
+    communicator: &'a Communicator,
     comm: Comm,
     device: i32,
     rank: u32,
     ranks: u32,
     stream: RawStream,
-    // Dropped in this order.
-    buffer: Buffer,
-    _own: Option<Stream>,
+    // Left behind, not freed, while stock NCCL's kernel may still use it: see `drop`. Dropped in this order.
+    buffer: ManuallyDrop<Buffer>,
+    own: ManuallyDrop<Option<Stream>>,
+    in_flight: bool,
     context: Arc<Context>,
     patience: Duration,
     first: bool,
@@ -64,7 +68,7 @@ impl<'a> StockExchange<'a> {
     /// cannot be had is replaced by the next best.
     pub fn new(
         stock: &'a Stock,
-        comm: Comm,
+        (communicator, comm): (&'a Communicator, Comm),
         device: i32,
         (rank, ranks): (u32, u32),
         context: Option<Arc<Context>>,
@@ -82,32 +86,52 @@ impl<'a> StockExchange<'a> {
             tried("allocating device memory", deadline, both).map(|(memory, stream)| Buffer::Device(memory, stream))
         })?;
         let patience = deadline * 3 + Duration::from_secs(10);
-        Ok(Self { stock, comm, device, rank, ranks, stream, buffer, _own: own, context, patience, first: true })
+        let (buffer, own) = (ManuallyDrop::new(buffer), ManuallyDrop::new(own));
+        let first = true;
+        let in_flight = false;
+        Ok(Self {
+            stock,
+            communicator,
+            comm,
+            device,
+            rank,
+            ranks,
+            stream,
+            buffer,
+            own,
+            in_flight,
+            context,
+            patience,
+            first,
+        })
     }
 
     fn address(&self) -> u64 {
-        match &self.buffer {
+        match &*self.buffer {
             Buffer::Device(scratch, _) => scratch.address(),
             Buffer::Host(memory) => memory.device_address(),
         }
     }
 
     fn put(&self, bytes: &[u8]) -> Result<()> {
-        match &self.buffer {
+        match &*self.buffer {
             Buffer::Device(scratch, stream) => scratch.write(0, bytes, stream),
             Buffer::Host(memory) => memory.write(0, bytes),
         }
     }
 
     fn take(&self, offset: usize, bytes: &mut [u8]) -> Result<()> {
-        match &self.buffer {
+        match &*self.buffer {
             Buffer::Device(scratch, stream) => scratch.read(offset as u64, bytes, stream),
             Buffer::Host(memory) => memory.read(offset, bytes),
         }
     }
 
-    /// What stock NCCL says of the communicator meanwhile.
+    /// What stock NCCL says of the communicator meanwhile. Not asked once the communicator is being aborted.
     fn async_error(&self) -> Code {
+        if self.communicator.cancelled() {
+            return code::REMOTE;
+        }
         let mut error = code::SUCCESS;
         // SAFETY: a live communicator, by NCCL's contract with our caller, and a valid out-pointer.
         let asked = unsafe { (self.stock.nccl.comm_get_async_error)(self.comm, &mut error) };
@@ -118,12 +142,14 @@ impl<'a> StockExchange<'a> {
         let start = Instant::now();
         let mut said = 0;
         loop {
-            if wait_for(&self.context, self.stream, Some(Duration::from_millis(200)))? {
-                return Ok(());
-            }
+            let done = wait_for(&self.context, self.stream, Some(Duration::from_millis(200)))?;
+            // Asked in either case: a collective that failed ends its stream's work too.
             match self.async_error() {
                 code::SUCCESS | code::IN_PROGRESS => {}
                 failed => return Err(Error::Stock { call: "ncclAllGather", code: failed }),
+            }
+            if done {
+                return Ok(());
             }
             let waited = start.elapsed();
             if waited > REMINDER * (said + 1) {
@@ -141,6 +167,20 @@ impl<'a> StockExchange<'a> {
             if !self.first && waited > self.patience {
                 return Err(Error::Peer { rank: u32::MAX, step });
             }
+        }
+    }
+}
+
+impl Drop for StockExchange<'_> {
+    fn drop(&mut self) {
+        // Freeing would wait for a kernel that waits for a peer that may be gone; a few hundred bytes are the better loss.
+        if self.in_flight {
+            return;
+        }
+        // SAFETY: dropped once, here; nothing uses the fields afterwards.
+        unsafe {
+            ManuallyDrop::drop(&mut self.buffer);
+            ManuallyDrop::drop(&mut self.own);
         }
     }
 }
@@ -163,7 +203,12 @@ impl Exchange for StockExchange<'_> {
         let receive = (self.address() + BLOB as u64) as *mut c_void;
         let stream = self.stream.0 as *mut c_void;
         let all_gather = self.stock.nccl.all_gather;
-        // SAFETY: buffers of one and of `ranks` blobs, alive until the wait below is over; a live communicator.
+        if self.communicator.cancelled() {
+            return Err(Error::Peer { rank: self.rank, step: "the communicator is being aborted" });
+        }
+        self.in_flight = true;
+        // SAFETY: buffers of one and of `ranks` blobs, alive until the wait below is over, and left behind where it
+        // fails; a live communicator.
         let started = unsafe { all_gather(send, receive, BLOB, UINT8, self.comm, stream) };
         if started != code::SUCCESS && started != code::IN_PROGRESS {
             return Err(Error::Stock { call: "ncclAllGather", code: started });
@@ -172,6 +217,7 @@ impl Exchange for StockExchange<'_> {
             std::thread::sleep(Duration::from_millis(1));
         }
         self.wait(step)?;
+        self.in_flight = false;
         self.first = false;
         let mut bytes = vec![0; BLOB * self.ranks as usize];
         self.take(BLOB, &mut bytes).or_else(|_| self.take(BLOB, &mut bytes))?;

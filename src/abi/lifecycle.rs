@@ -2,17 +2,20 @@
 //! errors.
 
 use std::ffi::{CStr, c_int, c_void};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::collectives::fault_code;
 use super::{Code, GROUPS, absent, code, guard, inside, stock, transparent};
-use crate::comm::{self, Hints, State};
+use crate::comm::{self, Communicator, Hints, State};
 use crate::driver::reap;
 use crate::info;
 use crate::intercept::{Comm, Config, Functions, UniqueId};
 
 /// How long a destroy waits for the communicator's own last call. Its caller has synchronised, so it is done.
 const DESTROY_PATIENCE: Duration = Duration::from_secs(10);
+/// How long an abort waits for a set-up that another thread is in.
+const SETUP_PATIENCE: Duration = Duration::from_secs(2);
 /// How long an abort waits for its own kernels to see the abort word.
 const ABORT_PATIENCE: Duration = Duration::from_secs(3);
 
@@ -192,10 +195,9 @@ pub unsafe extern "C" fn ncclCommGrow(
 }
 
 /// Releases our part of a communicator.
-fn end(comm: Comm, patience: Duration, abort: bool) {
-    let Some(communicator) = comm::remove(comm as usize) else { return };
+fn end(comm: Comm, communicator: Arc<Communicator>, patience: Duration, abort: bool) {
     if let State::Ready(ready) = communicator.state() {
-        let ready = std::sync::Arc::clone(ready);
+        let ready = Arc::clone(ready);
         info!(-1, "communicator {comm:p} ends: {}", communicator.counters);
         drop(communicator);
         ready.release(patience, abort);
@@ -225,7 +227,9 @@ pub unsafe extern "C" fn ncclCommDestroy(comm: Comm) -> Code {
         };
         if !comm.is_null() && !transparent() {
             reap();
-            end(comm, DESTROY_PATIENCE, false);
+            if let Some(communicator) = comm::remove(comm as usize) {
+                end(comm, communicator, DESTROY_PATIENCE, false);
+            }
         }
         // SAFETY: the caller's own argument.
         inside(|nccl| unsafe { (nccl.comm_destroy)(comm) }, stock)
@@ -242,24 +246,35 @@ pub unsafe extern "C" fn ncclCommAbort(comm: Comm) -> Code {
             Err(code) => return code,
         };
         let ours = !comm.is_null() && !transparent();
-        if ours {
-            set_abort_word(comm);
+        // Forgotten first: behind stock's abort the address may be a new communicator's.
+        let communicator = if ours { comm::remove(comm as usize) } else { None };
+        if let Some(communicator) = &communicator {
+            communicator.cancel();
+            leave_set_up(communicator);
         }
         // SAFETY: the caller's own argument.
         let result = inside(|nccl| unsafe { (nccl.comm_abort)(comm) }, stock);
-        if ours {
-            end(comm, ABORT_PATIENCE, true);
+        if let Some(communicator) = communicator {
+            end(comm, communicator, ABORT_PATIENCE, true);
         }
         result
     })
 }
 
+/// Waits until the thread that is setting the communicator up has seen that it is being aborted: it asks stock NCCL about
+/// the communicator, which is freed next. Bounded, because that thread may be inside stock NCCL, where only stock's own
+/// abort reaches it.
+fn leave_set_up(communicator: &Communicator) {
+    let start = Instant::now();
+    while communicator.setting_up() && start.elapsed() < SETUP_PATIENCE {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// Tells our kernels to leave, before stock NCCL does anything that may wait for them.
 fn set_abort_word(comm: Comm) {
-    if let Some(communicator) = comm::known(comm as usize)
-        && let State::Ready(ready) = communicator.state()
-    {
-        ready.abort();
+    if let Some(communicator) = comm::known(comm as usize) {
+        communicator.cancel();
     }
 }
 

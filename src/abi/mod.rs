@@ -92,15 +92,17 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// What has to be known before the stock library is looked for.
 fn prepare() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        if let Some(path) = &Config::get().nccl_library {
-            intercept::set_explicit_path(path.clone());
-        }
-        intercept::set_log(|line| warning!(-1, "{line}"));
-        // Before stock NCCL opens anybody's plugin.
-        intercept::withdraw(&net::tables());
-    });
+    // Claimed, not locked: the dynamic linker is called here, and a thread inside it may call us.
+    static CLAIMED: AtomicBool = AtomicBool::new(false);
+    if CLAIMED.load(Ordering::Relaxed) || CLAIMED.swap(true, Ordering::AcqRel) {
+        return;
+    }
+    if let Some(path) = &Config::get().nccl_library {
+        intercept::set_explicit_path(path.clone());
+    }
+    intercept::set_log(|line| warning!(-1, "{line}"));
+    // Before stock NCCL opens anybody's plugin.
+    intercept::withdraw(&net::tables());
 }
 
 thread_local! {

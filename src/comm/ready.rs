@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use crate::config::Config;
 use crate::driver::{
     Args, Context, Event, Fault, Kernels, Launch, RawStream, bury, capture_of, dependent_launch, order_behind,
-    retain_for_graph,
+    retain_for_graph, with_relaxed_capture,
 };
 use crate::error::Result;
 use crate::route::{Agreement, Plan};
@@ -118,7 +118,7 @@ impl Ready {
         let mut dependent = self.dependent && ready_on(&self.context).load(Ordering::Relaxed) <= PROGRAMMATIC;
         let mut order = self.order.lock();
         let Some(capture) = capture_of(&self.context, stream) else {
-            if order.eager.is_some_and(|last| last != stream) {
+            if order.eager.is_some_and(|last| last != stream || stream == RawStream::PER_THREAD) {
                 self.last.hold(stream)?;
             }
             Launch { kernels: &self.kernels, plan, dependent }.on(stream, &args)?;
@@ -158,19 +158,20 @@ impl Ready {
     /// abort must not call what may wait for some other communicator's stuck kernel.
     pub fn release(self: Arc<Self>, patience: Duration, later: bool) {
         let device = self.context.device().ordinal();
-        match self.last.wait(patience) {
+        // Another thread's capture must not suffer from the questions asked here.
+        with_relaxed_capture(|| match self.last.wait(patience).or_else(|_| self.last.wait(patience)) {
             Ok(true) if later => bury(self),
             Ok(true) => drop(self),
             Ok(false) => {
                 warning!(device, "a kernel still runs while its communicator is destroyed: its memory is kept");
                 std::mem::forget(self);
             }
-            // The context is broken: dropping only adds errors to it, but counts must come down.
+            // Whether a kernel still runs cannot be known any more.
             Err(error) => {
-                warning!(device, "{error} while a communicator is destroyed");
-                bury(self);
+                warning!(device, "{error} while a communicator is destroyed: its memory is kept");
+                std::mem::forget(self);
             }
-        }
+        });
     }
 }
 

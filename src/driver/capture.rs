@@ -104,7 +104,7 @@ pub fn bury(kept: Kept) {
 pub fn reap() {
     if BURIED.load(Ordering::Relaxed) && BURIED.swap(false, Ordering::AcqRel) {
         let dead = std::mem::take(&mut *GRAVEYARD.lock());
-        drop(dead);
+        with_relaxed_capture(|| drop(dead));
     }
 }
 

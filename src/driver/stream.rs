@@ -14,6 +14,9 @@ use crate::warning;
 pub struct RawStream(pub usize);
 
 impl RawStream {
+    /// `cudaStreamPerThread`: one value that means another stream on every thread.
+    pub const PER_THREAD: Self = Self(2);
+
     pub(super) fn raw(self) -> sys::CUstream {
         self.0 as sys::CUstream
     }

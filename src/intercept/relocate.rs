@@ -259,6 +259,14 @@ fn summarise(candidates: &[Candidate], before: usize, failed: usize) -> BindRepo
     report
 }
 
+/// Runs `change` while the page of `word` is writable, whatever its rights are.
+pub(super) fn change_word(word: &AtomicUsize, change: impl FnOnce() -> bool) -> bool {
+    let address = std::ptr::from_ref(word) as u64;
+    let maps = Protections::read();
+    let found = maps.0.iter().find(|(range, _)| range.contains(&address));
+    found.is_some_and(|(_, rights)| with_writable(word, *rights, change))
+}
+
 /// Runs `change` while the page of `word` is writable, and restores its protection.
 fn with_writable(word: &AtomicUsize, protection: c_int, change: impl FnOnce() -> bool) -> bool {
     if protection & libc::PROT_WRITE != 0 {

@@ -5,6 +5,9 @@
 //! want our tables then, so they are taken out of the dynamic symbol table of this process.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::relocate::change_word;
 
 /// One entry of the dynamic symbol table, 64 bit.
 #[repr(C)]
@@ -49,21 +52,13 @@ fn erase(name: &CStr, address: *const c_void) -> bool {
     if known == 0 || entry.is_null() || !same(info.dli_sname, name) {
         return false;
     }
-    // SAFETY: reads a configuration value.
-    let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
-    // SAFETY: the entry that was just found; only its value is touched, in one aligned store.
-    let value = unsafe { &raw mut (*entry.cast::<Symbol>()).value };
-    let start = value as usize & !(page - 1);
-    let start = start as *mut c_void;
-    // SAFETY: one page of this library's own private mapping. Other threads may read it meanwhile, and can.
-    if unsafe { libc::mprotect(start, page, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
-        return false;
-    }
-    // SAFETY: writable now. A concurrent search sees the old or the new value.
-    unsafe {
-        value.write_volatile(0);
-        libc::mprotect(start, page, libc::PROT_READ) == 0
-    }
+    // SAFETY: the entry that was just found; aligned, and part of this library, which stays loaded.
+    let value = unsafe { &*(&raw const (*entry.cast::<Symbol>()).value).cast::<AtomicUsize>() };
+    // The page may hold code too: its rights are widened, not replaced. A concurrent search sees the old value or the new.
+    change_word(value, || {
+        value.store(0, Ordering::Release);
+        true
+    })
 }
 
 fn same(found: *const c_char, name: &CStr) -> bool {

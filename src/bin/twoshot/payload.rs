@@ -258,6 +258,6 @@ mod tests {
         let ranges = checked_ranges(count, 1 << 20, 3);
         assert_eq!((ranges[0].start, ranges[ranges.len() - 1].end), (0, count));
         assert!(ranges.iter().all(|r| r.start < r.end && r.end <= count));
-        assert_eq!(checked_ranges(1000, 1 << 20, 3), [0..1000]);
+        assert_eq!(checked_ranges(1000, 1 << 20, 3), std::slice::from_ref(&(0..1000)));
     }
 }
