@@ -161,6 +161,29 @@ fn a_collective_network_of_another_vendor_runs_as_it_does_without_us() {
 }
 
 #[test]
+fn a_tuner_of_another_vendor_is_asked_in_every_version_and_runs_as_it_does_without_us() {
+    // One release for each version of the table; it is found in the network plugin, as NCCL finds one.
+    for (release, version) in [(22203, 3), (22403, 4), (22809, 5), (23007, 6)] {
+        for (wish, expected) in [("avoid", 0.0), ("leave", 4.0)] {
+            let report = Job::new(Topology::fabric(2, 2), "allreduce count=700 dtype=i32 reps=4; destroy")
+                .door(Door::Preload)
+                .args(&["--exact", "0"])
+                .env("NCCL_NET_PLUGIN", collnet_plugin().display())
+                .env("NCCL_COLLNET_ENABLE", 1)
+                .env("SIM_NCCL_VERSION", release)
+                .env("SIM_TUNER", wish)
+                .run();
+            report.expect_success();
+            for outcome in &report.outcomes {
+                let asked = format!("Using simtuner (v{version})");
+                assert!(outcome.stdout.contains(&asked), "{asked}: {outcome}");
+                assert_eq!(field(summary(outcome), "nccl_collnet_runs"), expected, "{release} {wish}: {outcome}");
+            }
+        }
+    }
+}
+
+#[test]
 fn in_place_of_libnccl_by_a_link_it_finds_the_stock_library() {
     for explicit in [true, false] {
         let session = Session::new(&Topology::one_host(2)).expect("a session directory");

@@ -104,7 +104,7 @@ fn main() {
         targets.push(Target {
             output: "lib/libsim_collnet.so",
             link_name: None,
-            sources: ["testplugin.cc", "numeric.cc"].map(|file| dir("nccl").join(file)).to_vec(),
+            sources: ["testplugin.cc", "testtuner.cc", "numeric.cc"].map(|file| dir("nccl").join(file)).to_vec(),
             includes: vec![include.clone(), dir("nccl")],
             define: &[],
             link: vec!["-shared".into()],
