@@ -58,7 +58,8 @@ impl Built {
 fn built() -> &'static Built {
     static BUILT: OnceLock<Built> = OnceLock::new();
     BUILT.get_or_init(|| {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("intercept");
+        // One folder per process: test runners start every test in a process of its own.
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("intercept-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&folder);
         for name in ["a", "b", "link"] {
             std::fs::create_dir_all(folder.join(name)).expect("a folder");

@@ -18,14 +18,14 @@ mod world;
 use world::World;
 
 /// Runs a sample of a world's cells, or all of them where `TWOSHOT_SWEEP=full`;
-/// `TWOSHOT_SWEEP_SEED` repeats a sample.
+/// `TWOSHOT_SWEEP_SEED` takes another sample than CI's.
 fn sweep(world: World) {
     let cells = sweep::all(world, &world.census());
     if std::env::var_os("TWOSHOT_SWEEP").is_some_and(|word| word == "full") {
         return sweep::run(world, &cells);
     }
     let chosen = std::env::var("TWOSHOT_SWEEP_SEED").ok().and_then(|seed| seed.parse().ok());
-    let seed: usize = chosen.unwrap_or(std::process::id() as usize);
+    let seed: usize = chosen.unwrap_or(1);
     eprintln!("{world:?}: a sample of {} cells, seed {seed}", cells.len());
     sweep::run(world, &sweep::sample(&cells, world, seed));
 }
