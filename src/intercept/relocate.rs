@@ -16,7 +16,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// What [`bind`] found and did.
+/// What a binding found and did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BindReport {
     /// Objects in which at least one slot leads to us now, with the number of such slots.

@@ -91,6 +91,26 @@ pub fn sample(cells: &[Cell], world: World, seed: usize) -> Vec<Cell> {
     chosen
 }
 
+/// A part in which every call of every rank meets every effect once. `seed` turns the wheel of which use is failed.
+pub fn every_rank(cells: &[Cell], seed: usize) -> Vec<Cell> {
+    let mut by_place: BTreeMap<(&str, usize), Vec<&Cell>> = BTreeMap::new();
+    for cell in cells {
+        by_place.entry((&cell.call, cell.rank)).or_default().push(cell);
+    }
+    let mut chosen = Vec::new();
+    for (turn, own) in by_place.values().enumerate() {
+        let uses: Vec<u64> = own.iter().map(|cell| cell.nth).collect::<BTreeSet<_>>().into_iter().collect();
+        for (at, effect) in EFFECTS.iter().enumerate() {
+            let nth = uses[(at + turn + seed) % uses.len()];
+            let found = own.iter().find(|cell| (cell.nth, cell.effect) == (nth, *effect));
+            // Not every use meets every effect.
+            let found = found.or_else(|| own.iter().find(|cell| cell.effect == *effect));
+            chosen.extend(found.map(|cell| (*cell).clone()));
+        }
+    }
+    chosen
+}
+
 /// Runs cells, several at once, and panics with everything that went wrong.
 pub fn run(world: World, cells: &[Cell]) {
     let (next, on) = (AtomicUsize::new(0), AtomicUsize::new(0));
