@@ -182,7 +182,7 @@ fn several_threads_with_a_gpu_each_are_routed() {
 #[test]
 fn a_destroyed_communicator_is_an_error_of_stock_and_no_crash() {
     // The worker's own handle is gone with destroy; a null one is left to stock as well.
-    let program = "init; allreduce count=10; abort_in ms=1; sleep ms=300; expect_error; allreduce count=10; forget; \
+    let program = "init; allreduce count=10; barrier; abort_in ms=1; sleep ms=300; expect_error; allreduce count=10; forget; \
         init; allreduce count=20; destroy";
     let report = Job::new(Topology::one_host(2), program).run();
     report.expect_success();
