@@ -17,7 +17,13 @@ fn main() -> ExitCode {
     }
     // Our own references to our exports must not be rebound to stock NCCL's functions of the same names; and slots that
     // lead here would dangle if the library were unloaded.
-    println!("cargo::rustc-cdylib-link-arg=-Wl,-Bsymbolic,-z,nodelete,-z,separate-code");
+    println!("cargo::rustc-cdylib-link-arg=-Wl,-Bsymbolic,-z,nodelete");
+    // No data in pages that can run. Packages are linked with Zig's linker, which does not know the option: there a page
+    // at the edge of the code may hold both.
+    println!("cargo::rerun-if-env-changed=RUSTC_LINKER");
+    if !std::env::var("RUSTC_LINKER").is_ok_and(|linker| linker.contains("zigcc")) {
+        println!("cargo::rustc-cdylib-link-arg=-Wl,-z,separate-code");
+    }
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {

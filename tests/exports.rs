@@ -50,6 +50,26 @@ fn dynamic(file: &ElfFile64<'_, Endianness>, tag: u64) -> Vec<u64> {
         .collect()
 }
 
+/// What the real libraries export, oldest first.
+fn real_libraries() -> Vec<(String, BTreeSet<String>)> {
+    let mut releases = Vec::<(String, BTreeSet<String>)>::new();
+    for line in include_str!("data/nccl-exports.txt").lines().filter(|line| !line.starts_with('#')) {
+        let names = releases.last_mut().map(|(_, names)| names);
+        match (line.split_at_checked(1), names) {
+            (Some(("+", name)), Some(names)) => assert!(names.insert(name.to_owned()), "{line} twice"),
+            (Some(("-", name)), Some(names)) => assert!(names.remove(name), "{line} of nothing"),
+            (Some(_), _) => {
+                let version = line.split(' ').next().expect("a version").to_owned();
+                let before = releases.last().map(|(_, names)| names.clone()).unwrap_or_default();
+                releases.push((version, before));
+            }
+            (None, _) => {}
+        }
+    }
+    assert!(releases.len() >= 20, "{} releases", releases.len());
+    releases
+}
+
 /// Names in functions.txt, with whether a jump defines them.
 fn functions() -> Vec<(String, bool)> {
     let text = include_str!("../src/intercept/functions.txt");
@@ -71,6 +91,29 @@ fn every_public_function_of_nccl_is_exported_under_both_names() {
     let expected = functions().into_iter().flat_map(|(name, _)| [format!("p{name}"), name]);
     let missing: Vec<String> = expected.filter(|name| !exported.contains(name)).collect();
     assert!(missing.is_empty(), "missing: {missing:?}");
+}
+
+#[test]
+fn what_any_nccl_from_2_20_to_2_32_exports_is_exported() {
+    let bytes = twoshot();
+    let exported = exported(&parse(&bytes));
+    let releases = real_libraries();
+    assert!(releases[0].0.starts_with("2.20.") && releases.last().is_some_and(|(last, _)| last.starts_with("2.32.")));
+    for (version, names) in releases {
+        let missing: Vec<_> = names.difference(&exported).collect();
+        assert!(names.len() > 50 && missing.is_empty(), "{version}: missing {missing:?}");
+    }
+}
+
+#[test]
+fn the_list_of_functions_names_the_release_that_brought_each() {
+    let releases = real_libraries();
+    for line in include_str!("../src/intercept/functions.txt").lines().filter(|line| line.starts_with("nccl")) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let first = releases.iter().find(|(_, names)| names.contains(words[0]));
+        let (version, _) = first.unwrap_or_else(|| panic!("no library exports {}", words[0]));
+        assert!(version == words[1] || version == "2.20.5" && words[1] == "2.20", "{version}: {line}");
+    }
 }
 
 #[test]
