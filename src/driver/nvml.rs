@@ -35,6 +35,34 @@ pub struct FabricFacts {
     pub clique: u32,
 }
 
+/// How far the fabric manager has come with a GPU: NVML's numbers, as the open integers they are.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct FabricState {
+    /// `nvmlGpuFabricState_t`.
+    pub state: u32,
+    /// `nvmlReturn_t` of the registration, once it is completed.
+    pub status: i32,
+}
+
+impl FabricState {
+    fn completed(self) -> bool {
+        self.state == sys::NVML_GPU_FABRIC_STATE_COMPLETED && self.status == sys::NVML_SUCCESS as i32
+    }
+}
+
+impl std::fmt::Display for FabricState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.state {
+            0 => f.write_str("not supported by this GPU"),
+            1 => f.write_str("registration not started"),
+            2 => f.write_str("registration in progress"),
+            3 if self.status == 0 => f.write_str("completed"),
+            3 => write!(f, "registration failed with NVML error {}", self.status),
+            state => write!(f, "unknown state {state}"),
+        }
+    }
+}
+
 struct Nvml {
     library: libloading::Library,
 }
@@ -84,21 +112,24 @@ fn check(call: &'static str, code: c_int) -> Result<()> {
 
 /// The fabric of the GPU at a PCI bus id. A library or GPU without fabric support has none; that is no error.
 pub fn fabric_facts(bus_id: &[u8; 16]) -> Result<FabricFacts> {
+    fabric_state(bus_id).map(|(facts, _)| facts)
+}
+
+/// The same, and how far its registration has come.
+pub fn fabric_state(bus_id: &[u8; 16]) -> Result<(FabricFacts, FabricState)> {
     let nvml = Nvml::open()?;
     let device = nvml.device(bus_id)?;
-    let completed =
-        |state: u32, status: i32| state == sys::NVML_GPU_FABRIC_STATE_COMPLETED && status == sys::NVML_SUCCESS as i32;
     if let Ok(query) = symbol::<InfoV>(&nvml.library, b"nvmlDeviceGetGpuFabricInfoV\0") {
         // SAFETY: plain integers, for which zero is a value.
         let mut info: nvmlGpuFabricInfo_v2_t = unsafe { std::mem::zeroed() };
         info.version = sys::TWOSHOT_NVML_FABRIC_INFO_V2;
         // SAFETY: the structure that the version word announces.
         if unsafe { query(device, (&raw mut info).cast()) } == 0 {
-            return Ok(FabricFacts {
-                completed: completed(u32::from(info.state), info.status as i32),
-                uuid: info.clusterUuid,
-                clique: info.cliqueId,
-            });
+            let state = FabricState { state: u32::from(info.state), status: info.status as i32 };
+            return Ok((
+                FabricFacts { completed: state.completed(), uuid: info.clusterUuid, clique: info.cliqueId },
+                state,
+            ));
         }
     }
     if let Ok(query) = symbol::<InfoV1>(&nvml.library, b"nvmlDeviceGetGpuFabricInfo\0") {
@@ -106,14 +137,14 @@ pub fn fabric_facts(bus_id: &[u8; 16]) -> Result<FabricFacts> {
         let mut info: nvmlGpuFabricInfo_t = unsafe { std::mem::zeroed() };
         // SAFETY: valid out-pointer.
         if unsafe { query(device, &mut info) } == 0 {
-            return Ok(FabricFacts {
-                completed: completed(u32::from(info.state), info.status as i32),
-                uuid: info.clusterUuid,
-                clique: info.cliqueId,
-            });
+            let state = FabricState { state: u32::from(info.state), status: info.status as i32 };
+            return Ok((
+                FabricFacts { completed: state.completed(), uuid: info.clusterUuid, clique: info.cliqueId },
+                state,
+            ));
         }
     }
-    Ok(FabricFacts::default())
+    Ok((FabricFacts::default(), FabricState::default()))
 }
 
 /// Whether two GPUs of this host are connected by NVLink (directly or through a switch), both ways for stores.

@@ -32,6 +32,9 @@ struct Api {
 const NOT_READY: c_int = 600;
 const CAPTURE_THREAD_LOCAL: c_int = 1;
 
+/// `CUDA_ERROR_NO_DEVICE`.
+const NO_DEVICE: c_int = 100;
+
 fn load() -> Result<Api, String> {
     // SAFETY: libcuda's initialisers have no preconditions; every CUDA program runs them.
     let library =
@@ -70,6 +73,9 @@ fn load() -> Result<Api, String> {
     };
     // SAFETY: takes a flags word that must be zero.
     let code = unsafe { (api.init)(0) };
+    if code == NO_DEVICE {
+        return Err(format!("{}: no GPU is visible: check CUDA_VISIBLE_DEVICES and the container's devices", api.path));
+    }
     if code == 0 { Ok(api) } else { Err(format!("{}: cuInit failed with {}", api.path, describe(&api, code))) }
 }
 

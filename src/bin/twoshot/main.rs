@@ -17,6 +17,7 @@ mod rank;
 mod report;
 mod run;
 mod sizes;
+mod stats;
 mod timing;
 mod verify;
 
@@ -37,6 +38,7 @@ enum Command {
     Bench(Box<bench::Bench>),
     Doctor(doctor::Doctor),
     Run(run::Run),
+    Stats(stats::Stats),
     /// One rank of a benchmark; started by `bench`
     #[command(hide = true)]
     BenchRank,
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
         Command::Bench(bench) => bench::main(&bench),
         Command::Doctor(doctor) => doctor::main(&doctor),
         Command::Run(run) => run::main(&run),
+        Command::Stats(stats) => stats::main(&stats),
         Command::BenchRank => rank::main(),
     };
     ExitCode::from(u8::try_from(code).unwrap_or(2))

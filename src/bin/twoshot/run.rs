@@ -23,11 +23,11 @@ pub struct Run {
     /// Stock NCCL for the door `path` [default: $TWOSHOT_NCCL_LIBRARY, $VLLM_NCCL_SO_PATH, else libnccl.so.2]
     #[arg(long, value_name = "PATH")]
     nccl: Option<PathBuf>,
-    /// Print the variables and the command, start nothing
+    /// Print the variables and the command, start nothing; without a command: lines for the shell's `eval`
     #[arg(long)]
     print: bool,
     /// The command and its arguments
-    #[arg(trailing_var_arg = true, required = true, value_name = "COMMAND")]
+    #[arg(trailing_var_arg = true, required_unless_present = "print", value_name = "COMMAND")]
     command: Vec<OsString>,
 }
 
@@ -36,6 +36,8 @@ pub struct Run {
 enum Door {
     /// NCCL loads it as its network plugin (NCCL_NET_PLUGIN)
     Plugin,
+    /// The same by its name and LD_LIBRARY_PATH, for NCCL 2.20 and 2.27.3, which take no path
+    Name,
     /// The dynamic linker loads it first (LD_PRELOAD)
     Preload,
     /// The program opens it in place of NCCL (VLLM_NCCL_SO_PATH), as vLLM does
@@ -57,11 +59,15 @@ fn start(run: &Run) -> Result<i32, String> {
     let library = library::twoshot(run.library.as_deref())?;
     let stock = match run.door {
         Door::Plugin | Door::Preload => None,
+        Door::Name if !library.with_file_name(BY_NAME).is_file() => {
+            return Err(format!("no {BY_NAME} beside {}; a link of that name to it will do", library.display()));
+        }
+        Door::Name => None,
         Door::Path => Some(stock(run, &library)?),
     };
     let settings = compose(run.door, &library, stock.as_deref(), |name| std::env::var_os(name));
     if run.print {
-        let line = shell(&settings, &run.command);
+        let line = if run.command.is_empty() { exports(&settings) } else { shell(&settings, &run.command) };
         let _ = writeln!(std::io::stdout().lock(), "{line}");
         return Ok(0);
     }
@@ -83,6 +89,9 @@ fn same_file(a: &Path, b: &Path) -> bool {
     matches!((std::fs::canonicalize(a), std::fs::canonicalize(b)), (Ok(a), Ok(b)) if a == b)
 }
 
+/// What NCCL makes of `NCCL_NET_PLUGIN=twoshot`.
+const BY_NAME: &str = "libnccl-net-twoshot.so";
+
 /// The variables that a door needs, given those that are set.
 fn compose(
     door: Door,
@@ -90,10 +99,10 @@ fn compose(
     stock: Option<&Path>,
     var: impl Fn(&str) -> Option<OsString>,
 ) -> Vec<(&'static str, OsString)> {
-    let ahead_of = |name: &str, separator: &str| {
-        let mut list = library.as_os_str().to_owned();
+    let ahead = |name: &str, first: &OsStr, separator: &str| {
+        let mut list = first.to_owned();
         if let Some(before) = var(name).filter(|value| !value.is_empty()) {
-            let listed = before.to_string_lossy().split([',', ':', ' ']).any(|entry| OsStr::new(entry) == library);
+            let listed = before.to_string_lossy().split([',', ':', ' ']).any(|entry| OsStr::new(entry) == first);
             if listed {
                 return before;
             }
@@ -102,9 +111,17 @@ fn compose(
         }
         list
     };
+    let path = library.as_os_str();
     match door {
-        Door::Plugin => vec![("NCCL_NET_PLUGIN", ahead_of("NCCL_NET_PLUGIN", ","))],
-        Door::Preload => vec![("LD_PRELOAD", ahead_of("LD_PRELOAD", ":"))],
+        Door::Plugin => vec![("NCCL_NET_PLUGIN", ahead("NCCL_NET_PLUGIN", path, ","))],
+        Door::Name => {
+            let folder = library.parent().unwrap_or(Path::new("/")).as_os_str();
+            vec![
+                ("NCCL_NET_PLUGIN", ahead("NCCL_NET_PLUGIN", OsStr::new("twoshot"), ",")),
+                ("LD_LIBRARY_PATH", ahead("LD_LIBRARY_PATH", folder, ":")),
+            ]
+        }
+        Door::Preload => vec![("LD_PRELOAD", ahead("LD_PRELOAD", path, ":"))],
         Door::Path => {
             let mut settings = vec![("VLLM_NCCL_SO_PATH", library.into())];
             settings.extend(stock.map(|stock| ("TWOSHOT_NCCL_LIBRARY", stock.into())));
@@ -117,6 +134,12 @@ fn compose(
 fn shell(settings: &[(&str, OsString)], command: &[OsString]) -> String {
     let settings = settings.iter().map(|(name, value)| format!("{name}={}", quoted(value)));
     settings.chain(command.iter().map(|word| quoted(word))).collect::<Vec<_>>().join(" ")
+}
+
+/// Lines for a shell's `eval`.
+fn exports(settings: &[(&str, OsString)]) -> String {
+    let lines = settings.iter().map(|(name, value)| format!("export {name}={}", quoted(value)));
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 fn quoted(word: &OsStr) -> String {
@@ -157,6 +180,15 @@ mod tests {
     }
 
     #[test]
+    fn by_name_the_folder_goes_ahead_on_the_search_path() {
+        let folder = ("LD_LIBRARY_PATH", "/opt/twoshot/lib".to_owned());
+        assert_eq!(composed(Door::Name, None, &[]), [("NCCL_NET_PLUGIN", "twoshot".to_owned()), folder]);
+        let set = [("NCCL_NET_PLUGIN", "aws-ofi"), ("LD_LIBRARY_PATH", "/opt/x")];
+        let [plugin, folder] = &composed(Door::Name, None, &set)[..] else { panic!("two variables") };
+        assert_eq!((&*plugin.1, &*folder.1), ("twoshot,aws-ofi", "/opt/twoshot/lib:/opt/x"));
+    }
+
+    #[test]
     fn preload_keeps_what_others_preload() {
         let with = composed(Door::Preload, None, &[("LD_PRELOAD", "/usr/lib/libjemalloc.so")]);
         assert_eq!(with, [("LD_PRELOAD", format!("{LIBRARY}:/usr/lib/libjemalloc.so"))]);
@@ -168,6 +200,12 @@ mod tests {
         let expected =
             [("VLLM_NCCL_SO_PATH", LIBRARY.to_owned()), ("TWOSHOT_NCCL_LIBRARY", "/x/libnccl.so.2".to_owned())];
         assert_eq!(with, expected);
+    }
+
+    #[test]
+    fn without_a_command_the_variables_are_lines_to_evaluate() {
+        let settings = [("A", OsString::from("/x y")), ("B", OsString::from("z"))];
+        assert_eq!(exports(&settings), "export A='/x y'\nexport B=z");
     }
 
     #[test]

@@ -1,17 +1,22 @@
 //! `twoshot doctor`: one screen that says whether AllReduce over the visible GPUs would be routed, and if not, why and
-//! what to do. It looks and probes; it changes nothing and makes no multicast call.
+//! what to do. It looks and probes; it changes nothing, and makes multicast calls only where they are asked for.
 #![forbid(unsafe_code)]
 
+mod across;
 mod gpu;
 mod host;
+mod multicast;
+mod process;
 
 use std::io::Write;
+use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
 use twoshot::config::Config;
 use twoshot::decline::Decline;
 use twoshot::domain::merge;
+use twoshot::setup::HostIdentity;
 use twoshot::table::{World, row};
 
 use crate::sizes;
@@ -19,9 +24,27 @@ use crate::sizes;
 /// Say whether AllReduce over the visible GPUs would be routed, and if not, why
 #[derive(Args, Debug)]
 pub struct Doctor {
-    /// For programs
+    /// For programs; also what `--with` reads on another host
     #[arg(long)]
     json: bool,
+    /// Let the exit code say whether communicators that span hosts would be routed
+    #[arg(long)]
+    across_hosts: bool,
+    /// Reports of other hosts (`twoshot doctor --json`): would a communicator over all of them be routed?
+    #[arg(long, value_name = "FILE")]
+    with: Vec<PathBuf>,
+    /// Also create a multicast object, add all GPUs and release it (never where the environment switches multicast off)
+    #[arg(long)]
+    try_multicast: bool,
+    /// Also look at the libraries of a running process
+    #[arg(long)]
+    pid: Option<u32>,
+    /// List every variable that bears on the matter, not only those that are set
+    #[arg(long)]
+    variables: bool,
+    /// The file system to look at, such as a container's /proc/PID/root
+    #[arg(long, value_name = "PATH", default_value = "/")]
+    root: PathBuf,
 }
 
 /// How a finding bears on the verdict.
@@ -65,16 +88,29 @@ struct Verdict {
     text: String,
 }
 
+impl Verdict {
+    fn declined(reason: Decline, detail: &str) -> Self {
+        let text = if detail.is_empty() { reason.hint().to_owned() } else { format!("{} ({detail})", reason.hint()) };
+        Self { routed: false, reason: Some(reason.name()), text }
+    }
+}
+
 #[derive(Debug, Serialize)]
 struct Report {
     version: &'static str,
     findings: Findings,
+    /// Of the GPUs that are visible here.
     verdict: Verdict,
+    /// Of communicators that span hosts.
+    across_hosts: Verdict,
+    /// What the ranks would tell each other, for `--with`.
+    gpus: Vec<String>,
 }
 
-/// Runs it; the exit code is 0 when AllReduce over the visible GPUs would be routed, else 1.
+/// Runs it; the exit code is 0 when AllReduce would be routed: over the visible GPUs, or with `--across-hosts` or
+/// `--with` over several hosts; else 1.
 pub fn main(doctor: &Doctor) -> i32 {
-    let report = examine();
+    let report = examine(doctor);
     let mut out = std::io::stdout().lock();
     // A reader that went away changes nothing about the verdict.
     let _ = if doctor.json {
@@ -82,20 +118,39 @@ pub fn main(doctor: &Doctor) -> i32 {
     } else {
         write!(out, "{}", shown(&report))
     };
-    i32::from(!report.verdict.routed)
+    let across = doctor.across_hosts || !doctor.with.is_empty();
+    i32::from(!if across { report.across_hosts.routed } else { report.verdict.routed })
 }
 
-fn examine() -> Report {
+fn examine(doctor: &Doctor) -> Report {
     let mut findings = Findings::default();
     let parsed = Config::parse(|name| std::env::var_os(name));
     let invalid = parsed.as_ref().err().map(ToString::to_string);
     let config = parsed.unwrap_or_default();
-    let gpus = gpu::examine(&mut findings, &config);
-    host::libraries(&mut findings);
-    host::variables(&mut findings, &config, invalid.as_deref());
-    let host = host::container(&mut findings, &config);
-    let verdict = verdict(&mut findings, &config, invalid, gpus, host);
-    Report { version: env!("CARGO_PKG_VERSION"), findings, verdict }
+    let gpus = gpu::examine(&mut findings, doctor, &config);
+    let libraries = host::libraries(&mut findings);
+    host::variables(&mut findings, &config, invalid.as_deref(), doctor.variables);
+    let host = host::container(&mut findings, &config, &doctor.root);
+    if let Some(pid) = doctor.pid {
+        process::examine(&mut findings, &doctor.root, pid);
+    }
+    let version = env!("CARGO_PKG_VERSION");
+    let facts = gpus.as_ref().map(|gpus| named(&gpus.facts, &config)).unwrap_or_default();
+    let refusal = gpus.as_ref().ok().and_then(|gpus| gpus.refusal_across.clone());
+    let verdict = verdict(&mut findings, &config, invalid, gpus, host, libraries);
+    // What keeps any call with stock NCCL keeps those across hosts too.
+    let everywhere = ["no-nvlink", "one-rank", "shared-gpu"];
+    let across_hosts = match verdict.reason {
+        Some(reason) if !everywhere.contains(&reason) => Verdict { text: verdict.text.clone(), ..verdict },
+        _ => across::judge(&facts, refusal.as_ref(), &doctor.with),
+    };
+    Report { version, findings, verdict, across_hosts, gpus: across::written(&facts) }
+}
+
+/// The facts with this host's identity, as they would travel.
+fn named(facts: &[twoshot::wire::Facts], config: &Config) -> Vec<twoshot::wire::Facts> {
+    let host = HostIdentity::read(config).map(|identity| identity.bytes()).unwrap_or_default();
+    facts.iter().map(|facts| twoshot::wire::Facts { host, ..*facts }).collect()
 }
 
 /// The library's own merge of all ranks' facts decides, so that doctor cannot say something else than set-up will.
@@ -105,12 +160,9 @@ fn verdict(
     invalid: Option<String>,
     gpus: Result<gpu::Gpus, String>,
     host: Result<(), (Decline, String)>,
+    libraries: Result<(), (&'static str, String)>,
 ) -> Verdict {
-    let declined = |reason: Decline, detail: &str| Verdict {
-        routed: false,
-        reason: Some(reason.name()),
-        text: if detail.is_empty() { reason.hint().to_owned() } else { format!("{} ({detail})", reason.hint()) },
-    };
+    let declined = Verdict::declined;
     let gpus = match gpus {
         Ok(gpus) => gpus,
         Err(why) => return declined(Decline::Probe, &why),
@@ -138,6 +190,9 @@ fn verdict(
     }
     if let Err((reason, detail)) = host {
         return declined(reason, &detail);
+    }
+    if let Err((reason, text)) = libraries {
+        return Verdict { routed: false, reason: Some(reason), text };
     }
     let limits = row(World { ranks: ranks as u32, arch: domain.arch, multicast: domain.multicast });
     let (one, two) =
@@ -176,13 +231,16 @@ fn shown(report: &Report) -> String {
             last = topic;
         }
     }
-    let Verdict { routed, reason, text: words } = &report.verdict;
-    let verdict = match (routed, reason) {
-        (true, _) => "ROUTED".to_owned(),
-        (false, Some(reason)) => format!("STOCK NCCL, {reason}"),
-        (false, None) => "STOCK NCCL".to_owned(),
-    };
-    text.push_str(&format!("\n{verdict}: {words}\n"));
+    text.push('\n');
+    for (place, verdict) in [("here", &report.verdict), ("across hosts", &report.across_hosts)] {
+        let Verdict { routed, reason, text: words } = verdict;
+        let word = match (routed, reason) {
+            (true, _) => "ROUTED".to_owned(),
+            (false, Some(reason)) => format!("STOCK NCCL, {reason}"),
+            (false, None) => "STOCK NCCL".to_owned(),
+        };
+        text.push_str(&format!("{place}: {word}: {words}\n"));
+    }
     text
 }
 
@@ -209,11 +267,11 @@ mod tests {
             change(&mut facts);
             facts
         });
-        gpu::Gpus { facts: facts.collect(), refusal: None }
+        gpu::Gpus { facts: facts.collect(), refusal: None, refusal_across: None }
     }
 
     fn judged(config: Config, gpus: Result<gpu::Gpus, String>) -> Verdict {
-        verdict(&mut Findings::default(), &config, None, gpus, Ok(()))
+        verdict(&mut Findings::default(), &config, None, gpus, Ok(()), Ok(()))
     }
 
     #[test]
@@ -249,8 +307,9 @@ mod tests {
         findings.add(Mark::Ok, "GPU", "first");
         findings.add(Mark::Fail, "GPU", "second");
         let verdict = Verdict { routed: false, reason: Some("no-nvlink"), text: "words".to_owned() };
-        let text = shown(&Report { version: "1.2.3", findings, verdict });
+        let across_hosts = Verdict { routed: true, reason: None, text: "more words".to_owned() };
+        let text = shown(&Report { version: "1.2.3", findings, verdict, across_hosts, gpus: Vec::new() });
         assert_eq!(text.lines().filter(|line| line.contains("GPU")).count(), 1);
-        assert!(text.ends_with("STOCK NCCL, no-nvlink: words\n"), "{text}");
+        assert!(text.ends_with("here: STOCK NCCL, no-nvlink: words\nacross hosts: ROUTED: more words\n"), "{text}");
     }
 }

@@ -1,0 +1,98 @@
+//! Communicators that span hosts: this host's facts merged with those of others, or with a twin of itself.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use serde_json::Value;
+use twoshot::decline::Decline;
+use twoshot::domain::merge;
+use twoshot::wire::{BLOB, Blob, Facts};
+
+use super::Verdict;
+
+/// One host as `doctor --json` writes it: a line of digits per GPU.
+pub fn written(facts: &[Facts]) -> Vec<String> {
+    let digits = |blob: Blob| blob.iter().map(|byte| format!("{byte:02x}")).collect();
+    facts.iter().map(|facts| digits(facts.encode())).collect()
+}
+
+fn blob(digits: &str) -> Option<Blob> {
+    let bytes: Option<Vec<u8>> =
+        (0..BLOB).map(|i| u8::from_str_radix(digits.get(2 * i..2 * i + 2)?, 16).ok()).collect();
+    if digits.len() == 2 * BLOB { bytes?.try_into().ok() } else { None }
+}
+
+/// The GPUs of another host, from its report.
+fn read(path: &PathBuf) -> Result<Vec<Facts>, String> {
+    let wrong = |what: &str| format!("{}: {what}", path.display());
+    let text = std::fs::read(path).map_err(|error| wrong(&error.to_string()))?;
+    let report: Value = serde_json::from_slice(&text).map_err(|error| wrong(&error.to_string()))?;
+    let lines = report["gpus"].as_array().ok_or_else(|| wrong("no report of `twoshot doctor --json`"))?;
+    let facts = |line: &Value| Facts::decode(&blob(line.as_str()?)?);
+    lines.iter().map(|line| facts(line).ok_or_else(|| wrong("a GPU cannot be read: another version?"))).collect()
+}
+
+/// As if every GPU here had a counterpart on a second host of the same cluster and clique.
+fn twin(own: &[Facts]) -> Vec<Facts> {
+    let other = |facts: &Facts| {
+        let mut twin = *facts;
+        twin.host = twin.host.map(|byte| !byte);
+        twin.gpu = twin.gpu.map(|byte| !byte);
+        twin
+    };
+    own.iter().map(other).collect()
+}
+
+/// What the ranks of a communicator over all these hosts would conclude: the library's own merge.
+pub fn judge(own: &[Facts], refusal: Option<&(Decline, String)>, others: &[PathBuf]) -> Verdict {
+    let mut all = own.to_vec();
+    let mut names = vec!["this host".to_owned(); own.len()];
+    for path in others {
+        match read(path) {
+            Ok(facts) => {
+                names.extend(vec![path.display().to_string(); facts.len()]);
+                all.extend(facts);
+            }
+            Err(text) => return Verdict { routed: false, reason: None, text },
+        }
+    }
+    if others.is_empty() {
+        names.extend(vec!["a host like this one".to_owned(); own.len()]);
+        all.extend(twin(own));
+    }
+    let ranks = all.len() as u32;
+    let placed = (0..).zip(&all).map(|(rank, facts)| Facts { rank, ranks, ..*facts }.encode());
+    match merge(&placed.collect::<Vec<_>>()) {
+        Err(declined) => {
+            let place = names.get(declined.rank as usize).map_or("?", String::as_str);
+            Verdict::declined(declined.reason, &format!("rank {}, {place}", declined.rank))
+        }
+        Ok(_) if refusal.is_some() => {
+            let (reason, detail) = refusal.map_or((Decline::Probe, ""), |(reason, detail)| (*reason, detail));
+            Verdict::declined(reason, detail)
+        }
+        Ok(domain) => {
+            let others = if others.is_empty() { "any host of this cluster and clique" } else { "the hosts given" };
+            let text = match domain.hosts {
+                1 => "all GPUs given are of one host".to_owned(),
+                _ => format!("AllReduce over GPUs of this host and of {others} would be routed"),
+            };
+            Verdict { routed: domain.hosts > 1, reason: None, text }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_comes_back_as_it_was_written_and_rubbish_does_not() {
+        let facts = Facts { ranks: 2, rank: 1, arch: 90, gpu: [3; 16], ..Facts::default() };
+        let [line] = &written(&[facts])[..] else { panic!("one line") };
+        assert_eq!(Facts::decode(&blob(line).unwrap()), Some(facts));
+        for line in ["", "zz", &line[2..], &format!("{line}00"), &"é".repeat(BLOB)] {
+            assert!(blob(line).is_none(), "{line}");
+        }
+    }
+}
