@@ -10,6 +10,8 @@
 //!           exchange    votes                                wire      the blobs: pure
 //!           layout      where every byte lies: pure          table     cross-over: pure
 //!           config      the environment, parsed once         call      one call as a value
+//!           counters    calls by route and size              stats     what they mean: pure
+//!           record      the counters as a file
 //! machine   workspace   allocate, export, import, map, fill: the only place that knows the order
 //!           handoff     descriptors between processes        steps     work under a deadline
 //!           driver/     the CUDA driver and NVML behind owner types
@@ -33,8 +35,10 @@ pub mod handoff;
 pub mod intercept;
 pub mod layout;
 pub mod log;
+pub mod record;
 pub mod route;
 pub mod setup;
+pub mod stats;
 pub mod steps;
 pub mod table;
 pub mod wire;

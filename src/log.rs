@@ -32,15 +32,21 @@ fn sink() -> &'static Sink {
     static SINK: OnceLock<Sink> = OnceLock::new();
     SINK.get_or_init(|| {
         let var = |name| crate::config::log_variable(name);
-        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-        let pid = std::process::id().to_string();
-        let file = var("NCCL_DEBUG_FILE").and_then(|path| {
-            let path = path.replace("%h", &host).replace("%p", &pid);
-            OpenOptions::new().create(true).append(true).open(path).ok()
-        });
+        let host = host();
+        let file = var("NCCL_DEBUG_FILE")
+            .and_then(|path| OpenOptions::new().create(true).append(true).open(named(&path)).ok());
         let level = level(var("NCCL_DEBUG").as_deref(), var("NCCL_DEBUG_SUBSYS").as_deref());
         Sink { level, host, file: file.map(Mutex::new) }
     })
+}
+
+fn host() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// A path in which `%h` and `%p` stand for this host and this process, as in `NCCL_DEBUG_FILE`.
+pub fn named(path: &str) -> String {
+    path.replace("%h", &host()).replace("%p", &std::process::id().to_string())
 }
 
 /// The level that NCCL's two variables ask for.

@@ -2,7 +2,7 @@
 
 use std::ffi::{c_char, c_int};
 
-use crate::counters::PROCESS;
+use crate::counters;
 
 /// Writes how many AllReduce calls of this process ran in our kernels and how many in stock NCCL. Either pointer may
 /// be null. Returns 0.
@@ -11,7 +11,7 @@ use crate::counters::PROCESS;
 /// The pointers are null or valid for one 64-bit integer each.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn twoshot_counters(routed: *mut u64, stock: *mut u64) -> c_int {
-    let totals = PROCESS.totals();
+    let totals = counters::process();
     for (out, value) in [(routed, totals.0), (stock, totals.1)] {
         if !out.is_null() {
             // SAFETY: the caller's promise.

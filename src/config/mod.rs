@@ -54,6 +54,8 @@ pub struct Config {
     pub host_id: Option<String>,
     /// `TWOSHOT_SHARED_GPU`: lets several ranks share one GPU, for tests.
     pub shared_gpu: bool,
+    /// `TWOSHOT_STATS`: where the counters are written.
+    pub stats: Option<PathBuf>,
     /// What the user's NCCL variables forbid, in the user's own words.
     pub forbidden: Option<&'static str>,
     /// `NCCL_MNNVL_ENABLE` is not 0: host-spanning communicators may use the fabric.
@@ -102,6 +104,7 @@ impl Config {
                 .unwrap_or(default.setup_timeout_ms),
             host_id: string(var, "TWOSHOT_HOST_ID"),
             shared_gpu: switch(var, "TWOSHOT_SHARED_GPU")?.unwrap_or(false),
+            stats: text(var, "TWOSHOT_STATS").map(PathBuf::from),
             forbidden: forbidden(var),
             mnnvl: nccl_switch(var, "NCCL_MNNVL_ENABLE").unwrap_or(true),
             mnnvl_uuid: nccl_number(var, "NCCL_MNNVL_UUID"),
@@ -148,6 +151,7 @@ impl Default for Config {
             setup_timeout_ms: 20_000,
             host_id: None,
             shared_gpu: false,
+            stats: None,
             forbidden: None,
             mnnvl: true,
             mnnvl_uuid: None,

@@ -68,6 +68,11 @@ pub const VARIABLES: &[Variable] = &[
         "`1` lets several ranks share one GPU. For tests: ranks that share a GPU take turns and are slow. Must be the same on all ranks.",
     ),
     variable(
+        "TWOSHOT_STATS",
+        "(none)",
+        "File that gets the counters as JSON, at the end of every communicator and of the process; `%h` and `%p` become host and process.",
+    ),
+    variable(
         "NCCL_ALGO",
         "(unset)",
         "Obeyed: where it names AllReduce (or every function), AllReduce stays with stock NCCL.",

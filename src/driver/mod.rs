@@ -1,5 +1,5 @@
 //! The CUDA driver and NVML behind owner types: one type per handle, released when dropped, in the reverse order
-//! of acquisition. All driver `unsafe` of the crate lives here.
+//! of acquisition. All driver `unsafe` of the crate lives here, and the memory that `twoshot stats` reads.
 
 pub mod api;
 mod capture;
@@ -9,6 +9,7 @@ mod kernel;
 mod memory;
 mod multicast;
 mod nvml;
+mod page;
 mod stream;
 
 pub use capture::{Capture, bury, capture_of, capturing, order_behind, reap, retain_for_graph, with_relaxed_capture};
@@ -16,6 +17,10 @@ pub use context::{Context, Device, DeviceFacts, Entered};
 pub use host::HostMemory;
 pub use kernel::{Args, Control, ControlPage, Fault, Kernels, Launch, Module, SENTINEL, dependent_launch};
 pub use memory::{Allocation, HandleType, Imported, Mapping, Reservation, Scratch, Shareable, granularity};
-pub use multicast::{AllAdded, BarrierPassed, Created, MulticastObject, Slot, multicast_granularity};
-pub use nvml::{FabricFacts, fabric_facts, nvlink_between};
+pub use multicast::{
+    AllAdded, BarrierPassed, Claim, Created, Divided, Division, MOST_OBJECTS, MulticastObject, Part, Slot,
+    multicast_granularity,
+};
+pub use nvml::{FabricFacts, FabricState, fabric_facts, fabric_state, nvlink_between};
+pub use page::{link_of, published};
 pub use stream::{Event, RawStream, Stream, wait_for};
