@@ -7,6 +7,7 @@
 
 mod known_answer;
 mod multicast;
+mod objects;
 mod probe;
 
 use std::os::fd::AsFd;
@@ -29,7 +30,7 @@ use crate::wire::Step;
 use crate::workspace::{Own, PeerHandle, Workspace, allocate};
 
 use known_answer::Checked;
-pub use probe::HostIdentity;
+pub use probe::{HostIdentity, build, overridden};
 
 /// A communicator ready for routed calls.
 pub struct Established {
@@ -80,10 +81,11 @@ mod number {
     pub const PREPARE: u8 = 1;
     pub const SHARE: u8 = 2;
     pub const MAP: u8 = 3;
-    pub const MULTICAST_CREATE: u8 = 4;
-    pub const MULTICAST_ADD: u8 = 5;
-    pub const MULTICAST_BIND: u8 = 6;
-    pub const KNOWN_ANSWER: u8 = 7;
+    pub const MULTICAST_FIND: u8 = 4;
+    pub const MULTICAST_CREATE: u8 = 5;
+    pub const MULTICAST_ADD: u8 = 6;
+    pub const MULTICAST_BIND: u8 = 7;
+    pub const KNOWN_ANSWER: u8 = 8;
 }
 
 struct Ballot<'a> {
@@ -128,7 +130,7 @@ pub fn establish(
     let identity = HostIdentity::read(config);
     let grounds = identity.as_ref().and_then(|identity| context.as_ref().map(|_| identity));
     let facts = probe::facts(rank, ranks, request, config, grounds, deadline);
-    let domain = match merge(&exchange.allgather(&facts.encode(), "the first step of set-up")?) {
+    let mut domain = match merge(&exchange.allgather(&facts.encode(), "the first step of set-up")?) {
         Ok(domain) => domain,
         Err(declined) => return Ok(Err(declined)),
     };
@@ -138,13 +140,14 @@ pub fn establish(
     let mut step = Step::new(number::PREPARE, rank);
     let local = prepare(context, &domain, rank, config, deadline);
     if let Ok(prepared) = &local {
-        step.granularity = prepared.granularity;
+        (step.granularity, step.optional) = (prepared.granularity, prepared.multicast);
         step.blocks = prepared.blocks;
     }
     let (prepared, steps) = match ballot.cast(step, "examining links and kernels", local)? {
         Ok(passed) => passed,
         Err(declined) => return Ok(Err(declined)),
     };
+    domain.multicast &= steps.iter().all(|step| step.optional);
     let align = steps.iter().map(|step| step.granularity).max().unwrap_or(1);
     let blocks = steps.iter().map(|step| step.blocks).min().unwrap_or(1);
     let Some(plan) = plan(&domain, config, blocks) else {
@@ -214,6 +217,8 @@ pub fn establish(
 
 struct Prepared {
     granularity: u64,
+    /// The granularity is one of multicast too.
+    multicast: bool,
     blocks: u32,
     module: Arc<Module>,
     kernels: Kernels,
@@ -222,6 +227,7 @@ struct Prepared {
 /// Looks at links, fabric and kernels: everything that can say no before memory is taken.
 fn prepare(context: &Arc<Context>, domain: &Domain, rank: u32, config: &Config, deadline: Duration) -> Local<Prepared> {
     probe::links(domain, rank, config, deadline)?;
+    let device = context.device().ordinal();
     if domain.handle == HandleType::Fabric {
         let context = Arc::clone(context);
         bounded("probing a fabric handle", deadline, move || crate::workspace::probe_fabric(&context))
@@ -229,23 +235,34 @@ fn prepare(context: &Arc<Context>, domain: &Domain, rank: u32, config: &Config, 
     }
     let ranks = domain.facts.len() as u32;
     let sms = domain.facts[rank as usize].blocks;
-    let (handle, multicast) = (domain.handle, domain.multicast);
-    let context = Arc::clone(context);
-    bounded("loading the kernels", deadline, move || {
-        let module = Module::load(&context)?;
+    let handle = domain.handle;
+    let of_kernels = Arc::clone(context);
+    let mut prepared = bounded("loading the kernels", deadline, move || {
+        let module = Module::load(&of_kernels)?;
         let kernels = module.kernels(ranks, false)?;
         let resident = kernels.resident_per_sm().saturating_mul(sms);
         if resident == 0 {
             return Err(Error::Bug("no block of a kernel fits a multiprocessor"));
         }
-        let mut granularity = crate::driver::granularity(&context, handle)?;
-        if multicast {
-            // A failure here is a failure of multicast only, which shows when the object is created.
-            granularity = granularity.max(multicast_granularity(&context, ranks, granularity, handle).unwrap_or(1));
-        }
-        Ok(Prepared { granularity, blocks: sms.min(resident), module, kernels })
+        let granularity = crate::driver::granularity(&of_kernels, handle)?;
+        Ok(Prepared { granularity, multicast: false, blocks: sms.min(resident), module, kernels })
     })
-    .or_else(reason(Decline::Module))
+    .or_else(reason(Decline::Module))?;
+    if domain.multicast {
+        // A step of its own: what fails or blocks here is lost for multicast only.
+        let (context, bytes) = (Arc::clone(context), prepared.granularity);
+        let asked = bounded("asking for the granularity of multicast", deadline, move || {
+            multicast_granularity(&context, ranks, bytes, handle)
+        });
+        match asked {
+            Ok(granularity) => {
+                prepared.granularity = prepared.granularity.max(granularity);
+                prepared.multicast = true;
+            }
+            Err(error) => trace!(device, "multicast: {error}"),
+        }
+    }
+    Ok(prepared)
 }
 
 struct Plan {

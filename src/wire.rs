@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use crate::decline::Decline;
-use crate::driver::FabricFacts;
+use crate::driver::{FabricFacts, MOST_OBJECTS};
 
 /// Bytes of one blob.
 pub const BLOB: usize = 320;
@@ -12,7 +12,7 @@ pub type Blob = [u8; BLOB];
 
 const MAGIC: u32 = 0x544f_5753;
 /// Raised whenever the meaning of a blob or the kernels' protocol changes.
-const PROTOCOL: u32 = 1;
+const PROTOCOL: u32 = 2;
 
 /// The facts of a rank, exchanged first.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -29,6 +29,8 @@ pub struct Facts {
     pub build: u64,
     /// Identity of the host.
     pub host: [u8; 16],
+    /// Identity of the process, random.
+    pub process: [u8; 16],
     /// GPU UUID.
     pub gpu: [u8; 16],
     /// PCI bus id.
@@ -53,6 +55,15 @@ pub struct Facts {
     pub fabric: FabricFacts,
 }
 
+/// A multicast object that a rank knows, and which of its parts it holds free.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Offer {
+    /// Random identity of the object; 0 is none.
+    pub id: u64,
+    /// A bit for each free part.
+    pub free: u32,
+}
+
 /// The outcome of a later step, with what the next one needs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Step {
@@ -74,6 +85,8 @@ pub struct Step {
     pub blocks: u32,
     /// The step succeeded in an optional part (multicast).
     pub optional: bool,
+    /// Multicast objects.
+    pub offers: [Offer; MOST_OBJECTS],
 }
 
 impl Step {
@@ -89,6 +102,7 @@ impl Step {
             granularity: 0,
             blocks: 0,
             optional: false,
+            offers: [Offer::default(); MOST_OBJECTS],
         }
     }
 }
@@ -192,7 +206,8 @@ impl Facts {
     pub fn encode(&self) -> Blob {
         let mut writer = Writer::new(FACTS);
         writer.u32(self.ranks).u32(self.rank).declined(self.declined).u64(self.config).u64(self.build);
-        writer.bytes(&self.host).bytes(&self.gpu).bytes(&self.bus_id).u32(self.arch).u32(self.blocks);
+        writer.bytes(&self.host).bytes(&self.process).bytes(&self.gpu).bytes(&self.bus_id);
+        writer.u32(self.arch).u32(self.blocks);
         writer.flag(self.vmm).flag(self.fd_handles).flag(self.fabric_handles).flag(self.multicast);
         writer.flag(self.mnnvl).flag(self.shared_gpu);
         writer.flag(self.fabric.completed).bytes(&self.fabric.uuid).u32(self.fabric.clique);
@@ -209,6 +224,7 @@ impl Facts {
             config: r.u64()?,
             build: r.u64()?,
             host: r.take()?,
+            process: r.take()?,
             gpu: r.take()?,
             bus_id: r.take()?,
             arch: r.u32()?,
@@ -236,6 +252,9 @@ impl Step {
             .u64(self.granularity)
             .u32(self.blocks)
             .flag(self.optional);
+        for offer in &self.offers {
+            writer.u64(offer.id).u32(offer.free);
+        }
         writer.done()
     }
 
@@ -243,7 +262,7 @@ impl Step {
     pub fn decode(blob: &Blob) -> Option<Self> {
         let mut r = open(blob, STEP)?;
         let [number] = r.take()?;
-        Some(Self {
+        let mut step = Self {
             number,
             rank: r.u32()?,
             declined: r.declined()?,
@@ -253,7 +272,12 @@ impl Step {
             granularity: r.u64()?,
             blocks: r.u32()?,
             optional: r.flag()?,
-        })
+            offers: [Offer::default(); MOST_OBJECTS],
+        };
+        for offer in &mut step.offers {
+            *offer = Offer { id: r.u64()?, free: r.u32()? };
+        }
+        Some(step)
     }
 }
 
@@ -266,10 +290,11 @@ mod tests {
         #[test]
         fn a_blob_comes_back_as_it_was(rank: u32, config: u64, host: [u8; 16], flag: bool, code: i32) {
             let facts = Facts {
-                rank, config, host, multicast: flag, declined: flag.then_some((Decline::Map, code)), ..Facts::default()
+                rank, config, host, process: host, multicast: flag, declined: flag.then_some((Decline::Map, code)), ..Facts::default()
             };
             prop_assert_eq!(Facts::decode(&facts.encode()), Some(facts));
-            let step = Step { declined: Some((Decline::Import, code)), socket: host, ..Step::new(3, rank) };
+            let mut step = Step { declined: Some((Decline::Import, code)), socket: host, ..Step::new(3, rank) };
+            step.offers[MOST_OBJECTS - 1] = Offer { id: config, free: rank };
             prop_assert_eq!(Step::decode(&step.encode()), Some(step));
             prop_assert_eq!(Step::decode(&facts.encode()), None);
         }

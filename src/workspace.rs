@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::driver::{
-    Allocation, Args, Context, ControlPage, HandleType, Imported, Mapping, Reservation, Shareable, Slot, Stream,
+    Allocation, Args, Context, ControlPage, HandleType, Imported, Mapping, Part, Reservation, Shareable, Stream,
     granularity,
 };
 use crate::error::{Error, Result};
@@ -51,7 +51,7 @@ pub enum PeerHandle {
 
 /// All ranks' windows, mapped side by side: rank r's window begins at `address + r * stride`.
 pub struct Workspace {
-    multicast: Option<(Mapping, Slot)>,
+    multicast: Option<Part>,
     _windows: Vec<Mapping>,
     /// The page shared with the kernels.
     pub page: ControlPage,
@@ -114,9 +114,9 @@ impl Workspace {
         Arc::clone(&self.own)
     }
 
-    /// Takes the mapped multicast object over, with the slot it occupies.
-    pub fn join_multicast(&mut self, mapping: Mapping, slot: Slot) {
-        self.multicast = Some((mapping, slot));
+    /// Takes over the part of a multicast object to which the own window is bound.
+    pub fn join_multicast(&mut self, part: Part) {
+        self.multicast = Some(part);
     }
 
     /// Bytes of one window.
@@ -137,12 +137,14 @@ impl Workspace {
             count: 0,
             windows: self.address,
             window_stride: self.stride,
-            multicast: self.multicast.as_ref().map_or(0, |(mapping, _)| mapping.address()),
+            multicast: self.multicast.as_ref().map_or(0, Part::address),
             control: self.page.device_address(),
             stage_bytes: agreement.layout.stage_bytes(),
             timeout_ns,
             rank,
             ranks: agreement.ranks,
+            op: 0,
+            type_: 0,
         }
     }
 }

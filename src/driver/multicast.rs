@@ -1,7 +1,11 @@
 //! Multicast objects: memory of several devices behind one address whose stores the switch fans out.
 //!
 //! The order is a typestate: created or imported, device added, all devices added (which only a vote can prove),
-//! bound, mapped. Binding before all devices were added blocks inside the driver, so it cannot be written here.
+//! mapped, and then, part by part, claimed and bound. Binding before all devices were added blocks inside the driver,
+//! so it cannot be written here; nor can two bindings of one place, which a claim excludes.
+//!
+//! An object is an address range without memory of its own. It is mapped whole and once, as NCCL maps its symmetric
+//! windows' (the driver maps from an object's start only); each communicator binds its own memory at its part.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -28,24 +32,60 @@ impl BarrierPassed {
     }
 }
 
-/// An NVSwitch has 128 slots for everybody on it. This process takes at most so many and leaves the rest to NCCL.
-pub const MOST_OBJECTS: u32 = 8;
-static OBJECTS: AtomicU32 = AtomicU32::new(0);
+/// An NVSwitch has 128 slots for everybody on it. A device of this process takes part in at most so many objects of
+/// ours and leaves the rest to NCCL.
+pub const MOST_OBJECTS: usize = 8;
+static OBJECTS: [AtomicU32; 64] = [const { AtomicU32::new(0) }; 64];
 
-/// One of this process's slots, given back when dropped.
-pub struct Slot(());
+/// One of a device's slots, given back when dropped.
+pub struct Slot(&'static AtomicU32);
 
 impl Slot {
     /// Takes a slot, if one is left.
-    pub fn take() -> Option<Self> {
-        let more = |n| (n < MOST_OBJECTS).then_some(n + 1);
-        OBJECTS.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).ok().map(|_| Self(()))
+    pub fn take(context: &Context) -> Option<Self> {
+        let taken = &OBJECTS[context.device().ordinal().unsigned_abs() as usize % OBJECTS.len()];
+        let more = |n| (n < MOST_OBJECTS as u32).then_some(n + 1);
+        taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).ok().map(|_| Self(taken))
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        OBJECTS.fetch_sub(1, Ordering::AcqRel);
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Most parts of one object: the bits of a word.
+pub const MOST_PARTS: u32 = 32;
+/// Largest object: less than the memory of any GPU that has multicast, which NCCL's own objects exceed.
+const MOST_BYTES: u64 = 16 << 30;
+
+/// How an object is divided: into parts of one size.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Division {
+    part_bytes: u64,
+    parts: u32,
+}
+
+impl Division {
+    /// Into parts of `part_bytes`, a multiple of every rank's granularity. The same for all ranks.
+    pub fn into_parts_of(part_bytes: u64) -> Self {
+        let fit = MOST_BYTES.checked_div(part_bytes).unwrap_or(1);
+        Self { part_bytes, parts: u32::try_from(fit).unwrap_or(u32::MAX).clamp(1, MOST_PARTS) }
+    }
+
+    /// Bytes of one part.
+    pub fn part_bytes(&self) -> u64 {
+        self.part_bytes
+    }
+
+    /// Bytes of the object.
+    pub fn bytes(&self) -> u64 {
+        self.part_bytes * u64::from(self.parts)
+    }
+
+    fn all(&self) -> u32 {
+        u32::MAX >> (MOST_PARTS - self.parts)
     }
 }
 
@@ -67,7 +107,8 @@ impl Drop for Handle {
 /// A multicast object in one of its states.
 pub struct MulticastObject<State> {
     handle: Arc<Handle>,
-    bytes: u64,
+    division: Division,
+    slot: Slot,
     state: PhantomData<State>,
 }
 
@@ -88,26 +129,33 @@ pub fn multicast_granularity(context: &Context, devices: u32, bytes: u64, handle
 }
 
 impl MulticastObject<Created> {
-    /// Creates an object of `bytes` for `devices` devices. Takes one of the switch's few slots.
-    pub fn create(context: &Arc<Context>, devices: u32, bytes: u64, handle: HandleType) -> Result<Self> {
+    /// Creates an object for `devices` devices. Takes one of the switch's few slots.
+    pub fn create(
+        context: &Arc<Context>,
+        devices: u32,
+        division: Division,
+        handle: HandleType,
+        slot: Slot,
+    ) -> Result<Self> {
         let create = context.api().cuMulticastCreate.ok_or(MISSING)?;
         let mut raw = 0;
         // SAFETY: valid out-pointer and properties.
-        check("cuMulticastCreate", unsafe { create(&mut raw, &prop(devices, bytes, handle)) })?;
-        Ok(Self::of(context, raw, bytes))
+        check("cuMulticastCreate", unsafe { create(&mut raw, &prop(devices, division.bytes(), handle)) })?;
+        Ok(Self::of(context, raw, division, slot))
     }
 
     /// Opens the object another rank created.
-    pub fn import(context: &Arc<Context>, bytes: u64, from: Imported<'_>) -> Result<Self> {
-        let imported = Allocation::import(context, bytes, from)?;
+    pub fn import(context: &Arc<Context>, division: Division, from: Imported<'_>, slot: Slot) -> Result<Self> {
+        let imported = Allocation::import(context, division.bytes(), from)?;
         // The allocation's owner type releases with the same call; hand the raw handle over.
         let imported = Arc::into_inner(imported).ok_or(Error::Bug("a fresh import is shared"))?;
         let raw = imported.into_raw();
-        Ok(Self::of(context, raw, bytes))
+        Ok(Self::of(context, raw, division, slot))
     }
 
-    fn of(context: &Arc<Context>, raw: sys::CUmemGenericAllocationHandle, bytes: u64) -> Self {
-        Self { handle: Arc::new(Handle { context: Arc::clone(context), raw }), bytes, state: PhantomData }
+    fn of(context: &Arc<Context>, raw: sys::CUmemGenericAllocationHandle, division: Division, slot: Slot) -> Self {
+        let handle = Arc::new(Handle { context: Arc::clone(context), raw });
+        Self { handle, division, slot, state: PhantomData }
     }
 
     /// Exports a handle for the other ranks.
@@ -117,7 +165,11 @@ impl MulticastObject<Created> {
 
     /// Adds this rank's device.
     pub fn add_device(&self) -> Result<()> {
-        let context = &self.handle.context;
+        self.add_device_of(&self.handle.context)
+    }
+
+    /// Adds a device of this process.
+    pub fn add_device_of(&self, context: &Context) -> Result<()> {
         let add = context.api().cuMulticastAddDevice.ok_or(MISSING)?;
         // SAFETY: live handle and device.
         check("cuMulticastAddDevice", unsafe { add(self.handle.raw, context.device().raw()) })
@@ -125,45 +177,128 @@ impl MulticastObject<Created> {
 
     /// All ranks have added their devices.
     pub fn all_added(self, _proof: BarrierPassed) -> MulticastObject<AllAdded> {
-        MulticastObject { handle: self.handle, bytes: self.bytes, state: PhantomData }
+        MulticastObject { handle: self.handle, division: self.division, slot: self.slot, state: PhantomData }
     }
 }
 
 impl MulticastObject<AllAdded> {
-    /// Binds this rank's memory at the object's start.
-    pub fn bind(self, memory: &Arc<Allocation>) -> Result<Bound> {
-        let context = &self.handle.context;
-        let bind = context.api().cuMulticastBindMem.ok_or(MISSING)?;
-        let bytes = self.bytes.min(memory.bytes());
-        // SAFETY: live object and memory; the span lies in both.
-        check("cuMulticastBindMem", unsafe { bind(self.handle.raw, 0, memory.raw, 0, bytes as usize, 0) })?;
-        Ok(Bound { device: context.device().raw(), bytes, _memory: Arc::clone(memory), handle: self.handle })
+    /// Maps all of it. What is mapped there may only be written with `multimem.st`, and only where a part is bound.
+    pub fn map(self, align: u64) -> Result<Arc<Divided>> {
+        let Self { handle, division, slot, .. } = self;
+        let reservation = Reservation::new(&handle.context, division.bytes(), align)?;
+        let mapping = Mapping::of(&reservation, 0, handle.raw, division.bytes(), Box::new(Arc::clone(&handle)))?;
+        Ok(Arc::new(Divided { mapping, handle, division, free: AtomicU32::new(division.all()), _slot: slot }))
     }
 }
 
-/// Memory of one device bound into an object. Dropping it unbinds on that same device.
-pub struct Bound {
-    device: sys::CUdevice,
-    bytes: u64,
-    _memory: Arc<Allocation>,
+/// A mapped object whose parts communicators claim. Unmapped and released behind the last of them.
+pub struct Divided {
+    mapping: Mapping,
     handle: Arc<Handle>,
+    division: Division,
+    // A bit for each part that nobody has claimed.
+    free: AtomicU32,
+    _slot: Slot,
 }
 
-impl Bound {
-    /// Maps the object's address range. What is mapped there may only be written with `multimem.st`.
-    pub fn map(self: &Arc<Self>, reservation: &Arc<Reservation>, offset: u64) -> Result<Mapping> {
-        Mapping::of(reservation, offset, self.handle.raw, self.bytes, Box::new(Arc::clone(self)))
+impl Divided {
+    /// The parts that nobody has claimed, a bit for each.
+    pub fn free(&self) -> u32 {
+        self.free.load(Ordering::Acquire)
+    }
+
+    /// Claims a part, if nobody has.
+    pub fn claim(self: &Arc<Self>, part: u32) -> Option<Claim> {
+        let bit = 1u32.checked_shl(part)?;
+        let was = self.free.fetch_and(!bit, Ordering::AcqRel);
+        (was & bit != 0).then(|| Claim { object: Arc::clone(self), part, stuck: false })
     }
 }
 
-impl Drop for Bound {
+/// A part that is this holder's alone until it is dropped.
+pub struct Claim {
+    object: Arc<Divided>,
+    part: u32,
+    // Memory is bound there that the driver would not let go: nobody else can have the part.
+    stuck: bool,
+}
+
+impl Claim {
+    fn offset(&self) -> u64 {
+        u64::from(self.part) * self.object.division.part_bytes
+    }
+
+    /// Binds this rank's memory, of a part's size, to the part.
+    pub fn bind(self, memory: &Arc<Allocation>) -> Result<Part> {
+        let Divided { handle, division, .. } = &*self.object;
+        let bind = handle.context.api().cuMulticastBindMem.ok_or(MISSING)?;
+        if memory.bytes() != division.part_bytes {
+            return Err(Error::Bug("memory of another size than a part"));
+        }
+        let (offset, bytes) = (self.offset() as usize, division.part_bytes as usize);
+        // SAFETY: live object and memory; the span lies in both and, by the claim, nothing else is bound there.
+        check("cuMulticastBindMem", unsafe { bind(handle.raw, offset, memory.raw, 0, bytes, 0) })?;
+        Ok(Part { claim: self, _memory: Arc::clone(memory) })
+    }
+}
+
+impl Drop for Claim {
     fn drop(&mut self) {
-        let context = &self.handle.context;
+        if !self.stuck {
+            self.object.free.fetch_or(1 << self.part, Ordering::AcqRel);
+        }
+    }
+}
+
+/// A part with this rank's memory bound to it. Dropping it unbinds on that same device and gives the part back.
+pub struct Part {
+    // Dropped after `drop` ran, in this order.
+    claim: Claim,
+    _memory: Arc<Allocation>,
+}
+
+impl Part {
+    /// First address: a store there reaches the window of every rank.
+    pub fn address(&self) -> u64 {
+        self.claim.object.mapping.address() + self.claim.offset()
+    }
+
+    /// The object it is a part of.
+    pub fn object(&self) -> &Arc<Divided> {
+        &self.claim.object
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        let Divided { handle, division, .. } = &*self.claim.object;
+        let context = &handle.context;
         let Some(unbind) = context.api().cuMulticastUnbind else { return };
-        // SAFETY: bound once with exactly this device and span; the mapping holds an `Arc` to us and is gone.
-        let code = unsafe { unbind(self.handle.raw, self.device, 0, self.bytes as usize) };
+        let (offset, bytes) = (self.claim.offset() as usize, division.part_bytes as usize);
+        // SAFETY: bound once with exactly this device and span; no kernel of this communicator runs any more.
+        let code = unsafe { unbind(handle.raw, context.device().raw(), offset, bytes) };
         if let Err(error) = check("cuMulticastUnbind", code) {
             warning!(context.device().ordinal(), "{error}");
+            self.claim.stuck = true;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn an_object_has_room_for_one_window_and_never_more_bits_or_bytes_than_allowed(
+            part_bytes in 1u64..1 << 50,
+        ) {
+            let division = Division::into_parts_of(part_bytes);
+            prop_assert!((1..=MOST_PARTS).contains(&division.parts));
+            prop_assert!(division.bytes() <= MOST_BYTES.max(part_bytes));
+            prop_assert_eq!(division.all().count_ones(), division.parts);
+            prop_assert_eq!(division.all().trailing_ones(), division.parts);
         }
     }
 }

@@ -1,20 +1,22 @@
-//! Joining the ranks' windows by a multicast object. Optional throughout: any failure on any rank means unicast for
-//! all of them, never an error and never a refusal of the communicator.
+//! Joining the ranks' windows by a part of a multicast object. Optional throughout: any failure on any rank means
+//! unicast for all of them, never an error and never a refusal of the communicator, and nothing for the other
+//! communicators that use the object.
 #![forbid(unsafe_code)]
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::objects::{self, Place};
 use super::{Ballot, number, peer};
 use crate::domain::Domain;
 use crate::driver::{
-    BarrierPassed, Context, Created, Imported, Kernels, Mapping, Module, MulticastObject, Reservation, Shareable, Slot,
-    multicast_granularity,
+    AllAdded, BarrierPassed, Claim, Context, Created, Division, Imported, Kernels, Module, MulticastObject, Shareable,
+    Slot, multicast_granularity,
 };
 use crate::error::{Error, Result};
 use crate::exchange::vote;
-use crate::handoff::Desk;
+use crate::handoff::{Desk, random};
 use crate::steps::bounded;
 use crate::trace;
 use crate::wire::Step;
@@ -36,85 +38,147 @@ pub struct Parts<'a> {
     pub deadline: Duration,
 }
 
+/// Where a communicator's part comes from.
+enum Source {
+    /// A new object, and its identity.
+    New(MulticastObject<AllAdded>, u64),
+    /// An object that other communicators use too.
+    Shared(Claim),
+}
+
+impl Parts<'_> {
+    fn note(&self, what: &str, error: &Error) {
+        trace!(self.context.device().ordinal(), "multicast: {what}: {error}");
+    }
+}
+
 /// Goes through the multicast steps, each behind a vote of its own. `Some` where all ranks joined: the kernels that
 /// push through the multicast address, which the workspace then has.
 pub fn join(ballot: &mut Ballot<'_>, parts: &Parts<'_>, workspace: &mut Workspace) -> Result<Option<Kernels>> {
     let (rank, ranks) = (ballot.exchange.rank(), ballot.exchange.ranks());
-    let device = ballot.device;
-    let note = |what: &str, error: &Error| trace!(device, "multicast: {what}: {error}");
-    let bytes = workspace.window_bytes();
-    let handle = parts.domain.handle;
+    let division = Division::into_parts_of(workspace.window_bytes());
+    let place = Place::of(parts.domain, rank, workspace.window_bytes());
 
-    // Rank 0 creates the object; every rank must have a slot left for it and a driver that can carry it. The
-    // granularity was asked for before, to size the window; here it counts that there was no answer, or another one.
-    let slot = Slot::take();
-    let context = Arc::clone(parts.context);
+    // Every rank says which objects it has for these ranks, and that its driver can carry one. The granularity was
+    // asked for before, to size the window; here it counts that there was no answer, or another one.
+    let (context, handle) = (Arc::clone(parts.context), parts.domain.handle);
     let carried = bounded("asking for the granularity of multicast", parts.deadline, move || {
-        let granularity = multicast_granularity(&context, ranks, bytes, handle)?;
-        let fits = bytes.is_multiple_of(granularity);
+        let granularity = multicast_granularity(&context, ranks, division.bytes(), handle)?;
+        let fits = division.part_bytes().is_multiple_of(granularity);
         if fits { Ok(()) } else { Err(Error::Protocol("the window is no multiple of the multicast granularity")) }
     });
     if let Err(error) = &carried {
-        note("asking for the granularity", error);
+        parts.note("asking for the granularity", error);
     }
-    let able = slot.is_some() && carried.is_ok();
+    let known = objects::known(&place);
+    let mut step = Step::new(number::MULTICAST_FIND, rank);
+    (step.optional, step.offers) = (carried.is_ok(), objects::offers(&known));
+    let Some(steps) = unanimous(ballot, step, "looking for a multicast object")? else { return Ok(None) };
+
+    let source = match objects::agree(&steps) {
+        Some((id, part)) => {
+            let object = known.iter().find(|known| known.id == id);
+            // Another communicator of this process, set up at the same time, may have been faster.
+            let claim = object.and_then(|known| known.object.claim(part));
+            claim.map(Source::Shared).ok_or(Error::Protocol("another communicator took the part"))
+        }
+        None => match create(ballot, parts, division)? {
+            Some((object, id)) => Ok(Source::New(object, id)),
+            None => return Ok(None),
+        },
+    };
+    drop(known);
+    bind(ballot, parts, workspace, place, source)
+}
+
+/// A new object with every rank's device: rank 0 creates it, the others open it, each adds its device.
+fn create(
+    ballot: &mut Ballot<'_>,
+    parts: &Parts<'_>,
+    division: Division,
+) -> Result<Option<(MulticastObject<AllAdded>, u64)>> {
+    let (rank, ranks) = (ballot.exchange.rank(), ballot.exchange.ranks());
+    // Every rank must have a slot left for it.
+    let mut slot = Slot::take(parts.context);
     let mut step = Step::new(number::MULTICAST_CREATE, rank);
     if let Some(desk) = parts.desk {
         (step.socket, step.token) = (desk.name, desk.token);
     }
     let mut created = None;
-    if rank == 0 && able {
-        let context = Arc::clone(parts.context);
+    if rank == 0
+        && let Some(slot) = slot.take()
+    {
+        let (context, handle) = (Arc::clone(parts.context), parts.domain.handle);
         let result = bounded("creating a multicast object", parts.deadline, move || {
-            let object = MulticastObject::create(&context, ranks, bytes, handle)?;
+            let [a, b, c, d, e, f, g, h, ..] = random()?;
+            let object = MulticastObject::create(&context, ranks, division, handle, slot)?;
             let shareable = object.export(handle)?;
-            Ok((object, shareable))
+            Ok((object, shareable, u64::from_le_bytes([a, b, c, d, e, f, g, h]).max(1)))
         });
         match result {
-            Ok((object, shareable)) => {
+            Ok((object, shareable, id)) => {
                 if let Shareable::Fabric(name) = &shareable {
                     step.fabric = *name;
                 }
+                step.offers[0].id = id;
                 created = Some((object, shareable));
             }
-            Err(error) => note("creating the object", &error),
+            Err(error) => parts.note("creating the object", &error),
         }
     }
-    step.optional = able && (rank != 0 || created.is_some());
+    step.optional = created.is_some() || slot.is_some();
     let Some(steps) = unanimous(ballot, step, "creating a multicast object")? else { return Ok(None) };
-    let Some(slot) = slot else { return Ok(None) };
+    let id = steps.first().map_or(0, |owner| owner.offers[0].id);
 
-    // Every rank opens it and adds its device.
-    let added = open_and_add(parts, rank, bytes, created, &steps);
+    let added = open_and_add(parts, rank, division, (created, slot), &steps);
     if let Err(error) = &added {
-        note("adding the device", error);
+        parts.note("adding the device", error);
     }
     let step = Step { optional: added.is_ok(), ..Step::new(number::MULTICAST_ADD, rank) };
     let unanimously = unanimous(ballot, step, "adding devices to the multicast object")?;
     let (Some(_), Ok(object)) = (unanimously, added) else { return Ok(None) };
-    let object = object.all_added(BarrierPassed::all_devices_added());
+    Ok(Some((object.all_added(BarrierPassed::all_devices_added()), id)))
+}
 
-    // Every rank binds its window, maps the object and loads the kernels that use it.
-    let (context, memory, align) = (Arc::clone(parts.context), workspace.own_memory(), parts.align);
-    let module = Arc::clone(&parts.module);
-    let bound = bounded("binding memory to the multicast object", parts.deadline, move || {
-        let bound = Arc::new(object.bind(&memory)?);
-        let reservation = Reservation::new(&context, bytes, align)?;
-        let mapping: Mapping = bound.map(&reservation, 0)?;
-        let kernels = module.kernels(ranks, true)?;
-        // The block budget stands: at most one block on each multiprocessor, if one fits.
-        if kernels.resident_per_sm() == 0 {
-            return Err(Error::Bug("no block of a multicast kernel fits a multiprocessor"));
-        }
-        Ok((mapping, kernels))
+/// Every rank binds its window to the part and loads the kernels that use it.
+fn bind(
+    ballot: &mut Ballot<'_>,
+    parts: &Parts<'_>,
+    workspace: &mut Workspace,
+    place: Place,
+    source: Result<Source>,
+) -> Result<Option<Kernels>> {
+    let (rank, ranks) = (ballot.exchange.rank(), ballot.exchange.ranks());
+    let new = source.as_ref().ok().and_then(|source| match source {
+        Source::New(_, id) => Some(*id),
+        Source::Shared(_) => None,
+    });
+    let (memory, module, align) = (workspace.own_memory(), Arc::clone(&parts.module), parts.align);
+    let bound = source.and_then(|source| {
+        bounded("binding memory to the multicast object", parts.deadline, move || {
+            let claim = match source {
+                Source::New(object, _) => object.map(align)?.claim(0).ok_or(Error::Bug("a new object has no part"))?,
+                Source::Shared(claim) => claim,
+            };
+            let part = claim.bind(&memory)?;
+            let kernels = module.kernels(ranks, true)?;
+            // The block budget stands: at most one block on each multiprocessor, if one fits.
+            if kernels.resident_per_sm() == 0 {
+                return Err(Error::Bug("no block of a multicast kernel fits a multiprocessor"));
+            }
+            Ok((part, kernels))
+        })
     });
     if let Err(error) = &bound {
-        note("binding", error);
+        parts.note("binding", error);
     }
     let step = Step { optional: bound.is_ok(), ..Step::new(number::MULTICAST_BIND, rank) };
     match (unanimous(ballot, step, "binding memory to the multicast object")?, bound) {
-        (Some(_), Ok((mapping, kernels))) => {
-            workspace.join_multicast(mapping, slot);
+        (Some(_), Ok((part, kernels))) => {
+            if let Some(id) = new {
+                objects::keep(place, id, part.object());
+            }
+            workspace.join_multicast(part);
             Ok(Some(kernels))
         }
         _ => Ok(None),
@@ -128,11 +192,14 @@ fn unanimous(ballot: &mut Ballot<'_>, step: Step, name: &'static str) -> Result<
     Ok(steps.ok().filter(|steps| steps.iter().all(|step| step.optional)))
 }
 
+/// What a rank brings: the object it created, or a slot for the one it opens.
+type Brought = (Option<(MulticastObject<Created>, Shareable)>, Option<Slot>);
+
 fn open_and_add(
     parts: &Parts<'_>,
     rank: u32,
-    bytes: u64,
-    created: Option<(MulticastObject<Created>, Shareable)>,
+    division: Division,
+    (created, slot): Brought,
     steps: &[Step],
 ) -> Result<MulticastObject<Created>> {
     let owner = steps.first().ok_or(Error::Bug("a vote without ranks"))?;
@@ -147,16 +214,15 @@ fn open_and_add(
     };
     let (context, name) = (Arc::clone(parts.context), owner.fabric);
     bounded("adding a device to the multicast object", parts.deadline, move || {
-        let object = match (own, received) {
+        let object = match (own, slot) {
             (Some(own), _) => own,
-            (None, Some(fd)) => import(&context, bytes, &fd)?,
-            (None, None) => MulticastObject::import(&context, bytes, Imported::Fabric(&name))?,
+            (None, Some(slot)) => {
+                let from = received.as_ref().map_or(Imported::Fabric(&name), |fd| Imported::Fd(fd.as_fd()));
+                MulticastObject::import(&context, division, from, slot)?
+            }
+            (None, None) => return Err(Error::Bug("a rank without a slot passed the vote")),
         };
         object.add_device()?;
         Ok(object)
     })
-}
-
-fn import(context: &Arc<Context>, bytes: u64, fd: &OwnedFd) -> Result<MulticastObject<Created>> {
-    MulticastObject::import(context, bytes, Imported::Fd(fd.as_fd()))
 }

@@ -1,6 +1,7 @@
 //! The facts of this rank, and its links to the others. Probed under a deadline: NVML and the driver can block.
 #![forbid(unsafe_code)]
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use super::{Local, Request, reason};
@@ -9,6 +10,7 @@ use crate::decline::Decline;
 use crate::domain::Domain;
 use crate::driver::{Device, FabricFacts, HandleType, fabric_facts, nvlink_between};
 use crate::error::{Error, Result};
+use crate::handoff::random;
 use crate::steps::bounded;
 use crate::warning;
 use crate::wire::Facts;
@@ -27,6 +29,11 @@ impl HostIdentity {
         };
         Ok(Self(digest128(text.trim().as_bytes())))
     }
+
+    /// As it travels.
+    pub fn bytes(&self) -> [u8; 16] {
+        self.0
+    }
 }
 
 /// FNV-1a, 128 bits: identities need to be equal or different, not secret.
@@ -37,9 +44,16 @@ fn digest128(bytes: &[u8]) -> [u8; 16] {
     hash.to_le_bytes()
 }
 
-fn build() -> u64 {
+/// What tells this version from others.
+pub fn build() -> u64 {
     let digest = digest128(concat!(env!("CARGO_PKG_VERSION"), "/", env!("CARGO_PKG_NAME")).as_bytes());
     u64::from_le_bytes([digest[0], digest[1], digest[2], digest[3], digest[4], digest[5], digest[6], digest[7]])
+}
+
+/// What tells this process from all others; process ids of two containers can be the same.
+fn process() -> Option<[u8; 16]> {
+    static PROCESS: OnceLock<Option<[u8; 16]>> = OnceLock::new();
+    *PROCESS.get_or_init(|| random().ok())
 }
 
 fn refusal_of(error: &Error) -> Decline {
@@ -99,8 +113,10 @@ pub fn facts(
             facts.vmm = device.vmm;
             facts.fd_handles = device.fd_handles;
             facts.fabric_handles = device.fabric_handles;
+            let process = process();
+            facts.process = process.unwrap_or_default();
             // A fabric that has not finished must not see a multicast call: it can fail for good or block.
-            facts.multicast = device.multicast && config.multicast && fabric.completed;
+            facts.multicast = device.multicast && config.multicast && fabric.completed && process.is_some();
             facts.mnnvl = config.mnnvl;
             facts.shared_gpu = config.shared_gpu;
             facts.fabric = overridden(fabric, config);
@@ -115,7 +131,7 @@ pub fn facts(
 
 /// `NCCL_MNNVL_UUID` and `NCCL_MNNVL_CLIQUE_ID` mean what they mean to NCCL: the number replaces the cluster's
 /// identity (both halves of the UUID) and the clique.
-fn overridden(mut fabric: FabricFacts, config: &Config) -> FabricFacts {
+pub fn overridden(mut fabric: FabricFacts, config: &Config) -> FabricFacts {
     if let Some(uuid) = config.mnnvl_uuid {
         let half = uuid.to_le_bytes();
         fabric.uuid[..8].copy_from_slice(&half);

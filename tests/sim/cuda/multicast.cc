@@ -181,6 +181,8 @@ CUresult cuMulticastBindMem(CUmemGenericAllocationHandle handle, size_t offset, 
     if (ordinal_of(gpu) < 0) return CUDA_ERROR_INVALID_DEVICE;          // one binds one's own memory
     MulticastLock state(object);
     if (!added(object, gpu)) return CUDA_ERROR_INVALID_DEVICE;
+    // What others can see through a shareable object must be shareable itself.
+    if (a->trailer->handle_types && !m->trailer->handle_types) return CUDA_ERROR_INVALID_VALUE;
     MulticastBinding* open = nullptr;
     for (MulticastBinding& b : object->bindings) {
         if (!b.serial) open = open ? open : &b;

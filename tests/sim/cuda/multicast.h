@@ -8,7 +8,7 @@
 
 namespace twoshot::sim {
 
-constexpr int kMulticastDevices = 256, kMulticastBindings = 1024;
+constexpr int kMulticastDevices = 256, kMulticastBindings = 4096;
 
 struct MulticastBinding {
     uint64_t serial;                 // 0: free; otherwise unique in the object

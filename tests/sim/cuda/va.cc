@@ -134,6 +134,8 @@ CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t offset, CUmemGeneric
     Allocation* a = find_allocation(handle);
     if (!a || bytes > a->trailer->size || !reserved(address, bytes) || overlaps(address, bytes))
         return CUDA_ERROR_INVALID_VALUE;
+    uint64_t unit = a->kind == Kind::multicast ? topology().gpu(visible_gpu(0)).mc_granularity : 1;
+    if (address % unit || bytes % unit) return CUDA_ERROR_INVALID_VALUE;
     void* at = reinterpret_cast<void*>(address);
     if (a->kind == Kind::memory) {
         if (mmap(at, bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, a->fd, 0) == MAP_FAILED) return CUDA_ERROR_MAP_FAILED;

@@ -48,6 +48,10 @@ static void fanout(const Args& a) {
     OK(cuMulticastAddDevice(object, 0));
     CUmemAllocationProp prop = pinned(0);
     OK(cuMemCreate(&memory, kUnit, &prop, 0));
+    EXPECT(CUDA_ERROR_INVALID_VALUE, cuMulticastBindMem(object, 0, memory, 0, kUnit, 0));   // not shareable
+    OK(cuMemRelease(memory));
+    prop = pinned(type);
+    OK(cuMemCreate(&memory, kUnit, &prop, 0));
     OK(cuMulticastBindMem(object, 0, memory, 0, kUnit, 0));
     EXPECT(CUDA_ERROR_INVALID_VALUE, cuMulticastBindMem(object, 0, memory, 0, kUnit, 0));
     EXPECT(CUDA_ERROR_INVALID_VALUE, cuMulticastAddDevice(object, 0));
@@ -67,6 +71,75 @@ static void fanout(const Args& a) {
     unmap(own, kUnit);
     OK(cuMemRelease(memory));
     stop();
+}
+
+// One object of four units, mapped before anything is bound; memory comes and goes at its parts.
+static void parts(const Args&) {
+    start();
+    CUmulticastObjectProp prop = object_of(1, 0);
+    CUmemAllocationProp plain = pinned(0);
+    CUmemGenericAllocationHandle object, memory[3];
+    prop.size = 4 * kUnit + 1;
+    EXPECT(CUDA_ERROR_INVALID_VALUE, cuMulticastCreate(&object, &prop));
+    prop.size = 4 * kUnit;
+    OK(cuMulticastCreate(&object, &prop));
+    OK(cuMulticastAddDevice(object, 0));
+    CUdeviceptr all = map(object, 4 * kUnit), own[3];
+    for (int i = 0; i < 3; i++) {
+        OK(cuMemCreate(&memory[i], (i == 2 ? 2 : 1) * kUnit, &plain, 0));
+        own[i] = map(memory[i], (i == 2 ? 2 : 1) * kUnit);
+    }
+    EXPECT(CUDA_ERROR_INVALID_VALUE, cuMulticastBindMem(object, 4096, memory[0], 0, kUnit, 0));
+    EXPECT(CUDA_ERROR_INVALID_VALUE, cuMulticastBindMem(object, 0, memory[0], 0, 4096, 0));
+    EXPECT(CUDA_ERROR_INVALID_VALUE, cuMulticastBindMem(object, 0, memory[0], kUnit, kUnit, 0));
+    EXPECT(CUDA_ERROR_INVALID_VALUE, cuMulticastBindMem(object, 4 * kUnit, memory[0], 0, kUnit, 0));
+    OK(cuMulticastBindMem(object, kUnit, memory[0], 0, kUnit, 0));
+    // A range that is bound already, or reaches into one.
+    EXPECT(CUDA_ERROR_INVALID_VALUE, cuMulticastBindMem(object, kUnit, memory[1], 0, kUnit, 0));
+    EXPECT(CUDA_ERROR_INVALID_VALUE, cuMulticastBindMem(object, 0, memory[2], 0, 2 * kUnit, 0));
+    OK(cuMulticastBindMem(object, 3 * kUnit, memory[1], 0, kUnit, 0));
+    uint32_t lines[2][4] = {{1, 2, 3, 4}, {5, 6, 7, 8}};
+    twoshot_sim_multimem_store(all + kUnit + 32, lines[0]);
+    twoshot_sim_multimem_store(all + 3 * kUnit + 32, lines[1]);
+    for (int i = 0; i < 2; i++) OK(memcmp(reinterpret_cast<void*>(own[i] + 32), lines[i], 16));
+    // What is unbound is a whole binding, no less and no more.
+    EXPECT(CUDA_ERROR_INVALID_VALUE, cuMulticastUnbind(object, 0, 0, kUnit));
+    EXPECT(CUDA_ERROR_INVALID_VALUE, cuMulticastUnbind(object, 0, 0, 4 * kUnit));
+    OK(cuMulticastUnbind(object, 0, kUnit, kUnit));
+    EXPECT(CUDA_ERROR_INVALID_VALUE, cuMulticastUnbind(object, 0, kUnit, kUnit));
+    // The place is free for other memory, also for more of it; the other part stays what it was.
+    OK(cuMulticastBindMem(object, kUnit, memory[2], 0, 2 * kUnit, 0));
+    twoshot_sim_multimem_store(all + 2 * kUnit, lines[1]);
+    twoshot_sim_multimem_store(all + 3 * kUnit + 32, lines[0]);
+    OK(memcmp(reinterpret_cast<void*>(own[2] + kUnit), lines[1], 16));
+    OK(memcmp(reinterpret_cast<void*>(own[1] + 32), lines[0], 16));
+    OK(memcmp(reinterpret_cast<void*>(own[0] + 32), lines[0], 16));
+    OK(cuMulticastUnbind(object, 0, kUnit, 2 * kUnit));
+    OK(cuMulticastUnbind(object, 0, 3 * kUnit, kUnit));
+    unmap(all, 4 * kUnit);
+    OK(cuMemRelease(object));
+    for (int i = 0; i < 3; i++) {
+        unmap(own[i], (i == 2 ? 2 : 1) * kUnit);
+        OK(cuMemRelease(memory[i]));
+    }
+    stop();
+}
+
+// A store where nothing is bound is reported, though another part of the object is bound.
+static void unbound_store(const Args&) {
+    start();
+    CUmemGenericAllocationHandle object, memory;
+    CUmulticastObjectProp prop = object_of(1, 0);
+    prop.size = 2 * kUnit;
+    CUmemAllocationProp plain = pinned(0);
+    OK(cuMulticastCreate(&object, &prop));
+    OK(cuMulticastAddDevice(object, 0));
+    OK(cuMemCreate(&memory, kUnit, &plain, 0));
+    OK(cuMulticastBindMem(object, 0, memory, 0, kUnit, 0));
+    CUdeviceptr all = map(object, 2 * kUnit);
+    uint32_t line[4] = {};
+    twoshot_sim_multimem_store(all, line);
+    twoshot_sim_multimem_store(all + kUnit, line);
 }
 
 static void alone(CUdeviceptr* all) {
@@ -152,6 +225,6 @@ static void bind_alone(const Args&) {
 
 const Scenario multicast_scenarios[] = {
     {"fanout", fanout}, {"ordinary-store", ordinary_store}, {"ordinary-load", ordinary_load}, {"slots", slots},
-    {"survivor", survivor},
+    {"survivor", survivor}, {"parts", parts}, {"unbound-store", unbound_store},
     {"unsupported", unsupported}, {"bind-alone", bind_alone}, {nullptr, nullptr},
 };

@@ -87,6 +87,18 @@ fn multicast_stores_reach_every_process() {
 }
 
 #[test]
+fn parts_of_a_multicast_object_are_bound_apart_from_each_other() {
+    passes(&Topology::one_host(1), "parts", "");
+}
+
+#[test]
+fn a_store_to_an_unbound_part_of_a_multicast_object_is_reported() {
+    let (_session, outcome) = one(&Topology::one_host(1), Rank::new(selftest()), "unbound-store");
+    assert_eq!(outcome.end, End::Signal(6), "{outcome}");
+    assert!(outcome.stderr.contains("0 of 1 devices are bound there"), "{outcome}");
+}
+
+#[test]
 fn an_ordinary_access_to_a_multicast_address_is_reported() {
     for name in ["ordinary-store", "ordinary-load"] {
         let (_session, outcome) = one(&Topology::one_host(1), Rank::new(selftest()), name);
