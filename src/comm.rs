@@ -19,6 +19,7 @@ use crate::driver::Fault;
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
 use crate::setup::{Established, Request, establish};
+use crate::stats::Standing;
 use crate::{info, warning};
 pub use ready::{Buffers, Ready};
 
@@ -57,6 +58,7 @@ pub struct Communicator {
     hints: Hints,
     told: AtomicBool,
     cancelled: AtomicBool,
+    finalized: AtomicBool,
     /// Its calls.
     pub counters: Counters,
 }
@@ -88,6 +90,7 @@ impl Communicator {
 
     /// Leaves it to stock NCCL without asking anybody: for what every rank finds alike before the first vote.
     pub fn decline(&self) {
+        self.counters.stands(Standing::Off, None);
         self.state.store(DECLINED, Ordering::Release);
     }
 
@@ -114,9 +117,21 @@ impl Communicator {
         self.cancelled.load(Ordering::Acquire)
     }
 
+    /// The caller has finalized it: what follows is stock NCCL's to refuse.
+    pub fn finalize(&self) {
+        self.finalized.store(true, Ordering::Release);
+    }
+
+    /// Whether it takes calls: neither revoked nor finalized.
+    pub fn takes_calls(&self, ready: &Ready) -> bool {
+        !self.finalized.load(Ordering::Relaxed) && !ready.aborted()
+    }
+
     /// A set-up that ended without a verdict leaves peers waiting: no later call may go on as if it had not begun.
     pub fn settle(&self) {
-        let _ = self.state.compare_exchange(NEW, LOST, Ordering::AcqRel, Ordering::Acquire);
+        if self.state.compare_exchange(NEW, LOST, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+            self.counters.stands(Standing::Lost, None);
+        }
     }
 
     /// Gives the right to set it up back, where nothing had begun.
@@ -131,7 +146,9 @@ impl Communicator {
         let config = Config::get();
         let request = Request { device, max_blocks: self.hints.max_blocks, non_blocking: self.hints.non_blocking };
         let (rank, ranks) = (exchange.rank(), exchange.ranks());
+        self.counters.identify(device, rank, ranks);
         let ours = context.as_ref().ok().map(Arc::clone);
+        let mut reason = None;
         let outcome = establish(exchange, context, request, config).map(|verdict| match (verdict, ours) {
             (Ok(established), Some(context)) => {
                 log_on(device, rank, &established);
@@ -140,20 +157,22 @@ impl Communicator {
             (Ok(_), None) => None,
             (Err(declined), _) => {
                 log_off(device, rank, ranks, &declined, config);
+                reason = Some(declined.reason);
                 None
             }
         });
-        let state = match &outcome {
+        let (state, standing) = match &outcome {
             Ok(Some(ready)) => {
                 let _ = self.ready.set(Arc::clone(ready));
-                READY
+                (READY, Standing::On)
             }
-            Ok(None) => DECLINED,
+            Ok(None) => (DECLINED, Standing::Off),
             Err(error) => {
                 warning!(device, "rank {rank}/{ranks}: set-up broke off, the communicator is lost: {error}");
-                LOST
+                (LOST, Standing::Lost)
             }
         };
+        self.counters.stands(standing, reason);
         self.state.store(state, Ordering::Release);
         outcome.map(|_| ())
     }

@@ -123,7 +123,7 @@ fn preloaded_beside_a_network_plugin_it_leaves_that_plugin_in_place() {
 #[test]
 fn a_collective_network_of_another_vendor_runs_as_it_does_without_us() {
     // Routed calls go past it; what we leave to stock still reaches it. 2 hosts, since that is when NCCL asks for it.
-    let program = "allreduce count=1000 reps=3; allreduce count=700 dtype=i32 reps=4; destroy";
+    let program = "allreduce count=1000 reps=3; allreduce count=1300 reps=4; destroy";
     for (release, door) in [
         (22005, Door::Shut),
         (22304, Door::Shut),
@@ -145,6 +145,7 @@ fn a_collective_network_of_another_vendor_runs_as_it_does_without_us() {
             .args(&["--exact", "0"])
             .env("NCCL_NET_PLUGIN", plugin)
             .env("NCCL_COLLNET_ENABLE", 1)
+            .env("TWOSHOT_MAX_BYTES", 4096)
             .env("SIM_NCCL_VERSION", release)
             .env("LD_LIBRARY_PATH", search_path(&links))
             .run_in(session);
@@ -165,11 +166,12 @@ fn a_tuner_of_another_vendor_is_asked_in_every_version_and_runs_as_it_does_witho
     // One release for each version of the table; it is found in the network plugin, as NCCL finds one.
     for (release, version) in [(22203, 3), (22403, 4), (22809, 5), (23007, 6)] {
         for (wish, expected) in [("avoid", 0.0), ("leave", 4.0)] {
-            let report = Job::new(Topology::fabric(2, 2), "allreduce count=700 dtype=i32 reps=4; destroy")
+            let report = Job::new(Topology::fabric(2, 2), "allreduce count=1300 reps=4; destroy")
                 .door(Door::Preload)
                 .args(&["--exact", "0"])
                 .env("NCCL_NET_PLUGIN", collnet_plugin().display())
                 .env("NCCL_COLLNET_ENABLE", 1)
+                .env("TWOSHOT_MAX_BYTES", 4096)
                 .env("SIM_NCCL_VERSION", release)
                 .env("SIM_TUNER", wish)
                 .run();
@@ -250,7 +252,7 @@ fn calls_that_stock_nccl_makes_of_its_own_functions_never_come_back() {
     let (_, outcome) = script::one_process(2, "--gpus", program, &[("SIM_NCCL_REENTER", "1")]);
     outcome.expect_success();
     for door in [Door::Plugin, Door::Preload, Door::Path] {
-        let program = "random calls=12 seed=7 max=3000; allreduce count=9 dtype=i32; split color=0; \
+        let program = "random calls=12 seed=7 max=3000; allreduce count=9 op=premulsum; split color=0; \
                        allreduce count=500; destroy; destroy";
         let report = Job::new(Topology::one_host(2), program).door(door).env("SIM_NCCL_REENTER", 1).run();
         expect_routed(&report, &format!("{door:?}"));

@@ -1,10 +1,10 @@
-//! The life of communicators: made in every way, ended in every way, many at once, in groups.
+//! The life of communicators: made in every way, ended in every way, many at once.
 mod common;
 #[path = "common/script.rs"]
 mod script;
 
 use common::{Door, Job};
-use script::{field, lines_of, ms, one_process, routed, stock_runs};
+use script::{field, lines_of, ms, one_process, routed};
 use twoshot_sim::Topology;
 
 #[test]
@@ -132,40 +132,12 @@ fn a_revoked_communicator_refuses_further_calls_and_can_be_shrunk() {
 }
 
 #[test]
-fn in_a_group_calls_go_to_stock_are_right_and_wait_for_its_end() {
-    let program = "init; allreduce count=10; group_start; allreduce count=100; allreduce count=200; group_end; \
-        group_start; group_start; allreduce count=50; group_end; collective name=broadcast count=70; \
-        allreduce count=60 dtype=bf16; group_end; allreduce count=11; destroy";
-    let report = Job::new(Topology::one_host(3), program).run();
-    report.expect_success().expect_on().expect_nothing_live();
-    for outcome in &report.outcomes {
-        assert_eq!(routed(outcome), 2, "{outcome}");
-        assert_eq!(stock_runs(outcome), 4, "{outcome}");
-    }
-}
-
-#[test]
-fn a_first_call_inside_a_group_is_stocks_and_a_later_one_is_routed() {
-    let program = "group_start; allreduce count=100; group_end; allreduce count=100 reps=2; destroy";
+fn a_finalized_communicator_refuses_further_calls_as_stock_does() {
+    let program = "init; allreduce count=100 reps=2; finalize; expect_error; allreduce count=100; destroy";
     let report = Job::new(Topology::one_host(2), program).run();
     report.expect_success().expect_on();
     for rank in 0..2 {
         assert_eq!(report.counters(rank), (2, 1), "{}", report.outcomes[rank]);
-    }
-}
-
-#[test]
-fn one_thread_with_all_gpus_works_in_groups_and_launches_nothing_of_ours() {
-    for program in [
-        "allreduce count=100 reps=3; collective name=allgather count=20; destroy",
-        "init_all; random calls=6 max=4000 seed=2; destroy",
-    ] {
-        for blocking in ["0", "1"] {
-            let (session, outcome) = one_process(3, "--gpus", program, &[("CUDA_LAUNCH_BLOCKING", blocking)]);
-            outcome.expect_success();
-            assert_eq!(routed(&outcome), 0, "{outcome}");
-            session.stats(outcome.pid).expect("stats").assert_nothing_live();
-        }
     }
 }
 

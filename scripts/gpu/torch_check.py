@@ -93,6 +93,30 @@ def main():
             wrong += 1
             print(f"rank {rank}: eager call after replay {replay} is wrong", flush=True)
 
+    # In groups: the first collective of a new communicator, then more of them, and beside a send and a receive.
+    group = dist.new_group(list(range(ranks)), device_id=device)
+    for round_ in range(3):
+        inputs = [payload(5000 + round_ * 4 + i, rank, 900 * i + 3, DTYPES[round_]).to(device) for i in range(4)]
+        with dist._coalescing_manager(group=group, device=device):
+            for tensor in inputs:
+                dist.all_reduce(tensor, group=group)
+        torch.cuda.synchronize()
+        for i, tensor in enumerate(inputs):
+            expected = reference(5000 + round_ * 4 + i, ranks, 900 * i + 3, DTYPES[round_])
+            if not same_bits(tensor, expected):
+                wrong += 1
+                print(f"rank {rank}: coalesced round {round_} tensor {i} is wrong", flush=True)
+        sent = torch.full((7,), float(rank), device=device)
+        received = torch.empty(7, device=device)
+        pairs = [
+            dist.P2POp(dist.isend, sent, (rank + 1) % ranks, group),
+            dist.P2POp(dist.irecv, received, (rank - 1) % ranks, group),
+        ]
+        for work in dist.batch_isend_irecv(pairs):
+            work.wait()
+        torch.cuda.synchronize()
+        wrong += int(received.tolist() != [float((rank - 1) % ranks)] * 7)
+
     # Everything else is stock NCCL's.
     gathered = torch.empty(ranks * 5, device=device)
     dist.all_gather_into_tensor(gathered, torch.full((5,), float(rank), device=device))

@@ -6,28 +6,29 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::exchange::{StockExchange, retain};
-use super::{Code, GROUPS, code, guard, inside, result_of, stock, transparent, watch_forks};
+use super::{Code, code, group, guard, inside, record_at_exit, result_of, stock, transparent, watch_forks};
 use crate::call::{Call, DataType, ReduceOp};
-use crate::comm::{self, Buffers, Communicator, State, lost};
+use crate::comm::{self, Buffers, Communicator, Ready, State, lost};
 use crate::config::Config;
-use crate::counters::PROCESS;
 use crate::driver::{RawStream, capturing, reap};
 use crate::intercept::{Comm, Stock, Stream};
-use crate::route::{Reason, Route, decide};
+use crate::route::{Plan, Reason, Route, decide};
 use crate::warning;
 
-fn grouped() -> bool {
-    GROUPS.try_with(|depth| depth.get() > 0).unwrap_or(true)
-}
-
-/// Sets the communicator up if this is the moment: its first collective outside groups and captures. All ranks come
-/// by here at the same call, because NCCL wants the same collectives in the same order on all of them; its creation
-/// would not do, since the first communicator of a process is made before this library is loaded.
-fn set_up(stock: &Stock, communicator: &Arc<Communicator>, comm: Comm, stream: RawStream) -> Result<(), Code> {
-    if !matches!(communicator.state(), State::New) || grouped() || capturing(stream) || !communicator.claim() {
+/// Sets the communicator up if this is the moment: its first collective outside captures; in a group, at the group's
+/// end. All ranks come by here at the same call, because NCCL wants the same collectives in the same order on all of
+/// them; its creation would not do, since the first communicator of a process is made before this library is loaded.
+pub(super) fn set_up(
+    stock: &Stock,
+    communicator: &Arc<Communicator>,
+    comm: Comm,
+    stream: RawStream,
+) -> Result<(), Code> {
+    if !matches!(communicator.state(), State::New) || capturing(stream) || !communicator.claim() {
         return Ok(());
     }
     watch_forks();
+    record_at_exit();
     reap();
     let functions = &stock.nccl;
     let (mut rank, mut ranks, mut device) = (0, 0, 0);
@@ -75,76 +76,122 @@ impl Drop for Settled<'_> {
 }
 
 /// What every other collective does before it goes to stock.
-fn passing(comm: Comm, stream: Stream) -> Result<&'static Stock, Code> {
-    let stock = stock()?;
-    if !comm.is_null() && !transparent() {
-        let communicator = comm::find(comm as usize);
-        set_up(stock, &communicator, comm, RawStream(stream as usize))?;
+fn passing(stock: &'static Stock, comm: Comm, stream: Stream, call: impl FnOnce() -> Code + 'static) -> Code {
+    if comm.is_null() || transparent() {
+        return call();
     }
-    Ok(stock)
+    let communicator = comm::find(comm as usize);
+    let queue = RawStream(stream as usize);
+    if group::open() {
+        return group::pass(&communicator, (comm, queue), true, call);
+    }
+    match set_up(stock, &communicator, comm, queue) {
+        Ok(()) => call(),
+        Err(code) => code,
+    }
 }
 
-struct Arguments {
-    send: *const c_void,
-    receive: *mut c_void,
-    count: usize,
-    dtype: c_int,
-    op: c_int,
-    comm: Comm,
-    stream: Stream,
+/// What `ncclAllReduce` was given.
+#[derive(Clone, Copy)]
+pub(super) struct Arguments {
+    pub send: *const c_void,
+    pub receive: *mut c_void,
+    pub count: usize,
+    pub dtype: c_int,
+    pub op: c_int,
+    pub comm: Comm,
+    pub stream: Stream,
 }
 
-fn all_reduce(a: &Arguments) -> Code {
-    let stock = match stock() {
-        Ok(stock) => stock,
-        Err(code) => return code,
-    };
-    let to_stock = || {
+impl Arguments {
+    /// What all ranks give alike.
+    fn call(&self) -> Call {
+        Call { count: self.count as u64, dtype: DataType(self.dtype), op: ReduceOp(self.op) }
+    }
+
+    /// The call as the caller made it, to stock NCCL.
+    pub fn to_stock(self, stock: &Stock) -> Code {
+        let Self { send, receive, count, dtype, op, comm, stream } = self;
         // SAFETY: every argument is the caller's own, untouched.
-        unsafe { (stock.nccl.all_reduce)(a.send, a.receive, a.count, a.dtype, a.op, a.comm, a.stream) }
-    };
-    if a.comm.is_null() || transparent() {
-        return to_stock();
+        unsafe { (stock.nccl.all_reduce)(send, receive, count, dtype, op, comm, stream) }
     }
-    let communicator = comm::find(a.comm as usize);
-    let stream = RawStream(a.stream as usize);
-    if let Err(code) = set_up(stock, &communicator, a.comm, stream) {
-        return code;
-    }
-    let call = Call { count: a.count as u64, dtype: DataType(a.dtype), op: ReduceOp(a.op) };
+}
+
+/// Where one call goes.
+pub(super) enum Placement {
+    /// Our kernel.
+    Routed(Plan),
+    /// Stock NCCL; counted.
+    Stock,
+    /// It fails.
+    Failed(Code),
+}
+
+/// Decides one call, and counts it if it is stock NCCL's.
+pub(super) fn place(communicator: &Communicator, a: &Arguments) -> Placement {
     let reason = match communicator.state() {
         State::Ready(ready) => {
             if let Some(fault) = communicator.fault(ready) {
-                return fault_code(fault.kind);
+                return Placement::Failed(fault_code(fault.kind));
             }
-            if grouped() {
-                Reason::Group
-            } else if ready.aborted() {
-                // Revoked: stock NCCL says so.
+            if !communicator.takes_calls(ready) {
+                // Revoked or finalized: stock NCCL says so.
                 Reason::Declined
             } else if a.send.is_null() || a.receive.is_null() {
                 // Stock NCCL answers for its own rules about arguments.
                 Reason::Empty
             } else {
-                match decide(&call, ready.agreement()) {
+                match decide(&a.call(), ready.agreement()) {
                     Route::Stock(reason) => reason,
-                    Route::Routed(plan) => {
-                        communicator.counters.routed(plan.algorithm);
-                        PROCESS.routed(plan.algorithm);
-                        let (input, output) = (a.send as u64, a.receive as u64);
-                        let launched = ready.launch(plan, Buffers { input, output, count: call.count, stream });
-                        return launched.map_or_else(|error| failed(&error), |()| code::SUCCESS);
-                    }
+                    Route::Routed(plan) => return Placement::Routed(plan),
                 }
             }
         }
         State::New => Reason::NotReady,
         State::Declined => Reason::Declined,
-        State::Lost => return failed(&lost()),
+        State::Lost => return Placement::Failed(failed(&lost())),
     };
-    communicator.counters.stock(reason);
-    PROCESS.stock(reason);
-    to_stock()
+    communicator.counters.stock(reason, a.call().bytes());
+    Placement::Stock
+}
+
+/// Launches one routed call. The communicator may have met a fault since the call was placed.
+pub(super) fn fault_or_launch(communicator: &Communicator, plan: Plan, a: &Arguments) -> Code {
+    let State::Ready(ready) = communicator.state() else { return failed(&lost()) };
+    if let Some(fault) = communicator.fault(ready) {
+        return fault_code(fault.kind);
+    }
+    launch(communicator, ready, plan, a)
+}
+
+fn launch(communicator: &Communicator, ready: &Arc<Ready>, plan: Plan, a: &Arguments) -> Code {
+    communicator.counters.routed(plan.algorithm, a.call().bytes());
+    let stream = RawStream(a.stream as usize);
+    let buffers = Buffers { input: a.send as u64, output: a.receive as u64, count: a.count as u64, stream };
+    ready.launch(plan, buffers).map_or_else(|error| failed(&error), |()| code::SUCCESS)
+}
+
+fn all_reduce(a: Arguments) -> Code {
+    let stock = match stock() {
+        Ok(stock) => stock,
+        Err(code) => return code,
+    };
+    if a.comm.is_null() || transparent() {
+        return a.to_stock(stock);
+    }
+    let communicator = comm::find(a.comm as usize);
+    if group::open() {
+        return group::all_reduce(stock, communicator, a);
+    }
+    if let Err(code) = set_up(stock, &communicator, a.comm, RawStream(a.stream as usize)) {
+        return code;
+    }
+    match (place(&communicator, &a), communicator.state()) {
+        (Placement::Routed(plan), State::Ready(ready)) => launch(&communicator, ready, plan, &a),
+        (Placement::Routed(_), _) => failed(&lost()),
+        (Placement::Stock, _) => a.to_stock(stock),
+        (Placement::Failed(code), _) => code,
+    }
 }
 
 /// A routed call that cannot be launched is an error of this rank: its peers are in the kernel, so changing the path
@@ -173,7 +220,7 @@ pub unsafe extern "C" fn ncclAllReduce(
     comm: Comm,
     stream: Stream,
 ) -> Code {
-    guard(|| all_reduce(&Arguments { send, receive, count, dtype, op, comm, stream }))
+    guard(|| all_reduce(Arguments { send, receive, count, dtype, op, comm, stream }))
 }
 
 macro_rules! passing {
@@ -184,11 +231,11 @@ macro_rules! passing {
             #[unsafe(no_mangle)]
             #[allow(clippy::too_many_arguments)]
             pub unsafe extern "C" fn $name($($arg: $type,)* comm: Comm, stream: Stream) -> Code {
-                guard(|| match passing(comm, stream) {
+                guard(|| match stock() {
                     Ok(stock) => {
                         let function = passing!(@function stock.nccl.$field, $($optional)?);
                         // SAFETY: the caller's own arguments.
-                        unsafe { function($($arg,)* comm, stream) }
+                        passing(stock, comm, stream, move || unsafe { function($($arg,)* comm, stream) })
                     }
                     Err(code) => code,
                 })

@@ -6,11 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::collectives::fault_code;
-use super::{Code, GROUPS, absent, code, guard, inside, stock, transparent};
+use super::{Code, absent, code, group, guard, inside, stock, transparent};
 use crate::comm::{self, Communicator, Hints, State};
+use crate::config::Config as Settings;
 use crate::driver::reap;
 use crate::info;
 use crate::intercept::{Comm, Config, Functions, UniqueId};
+use crate::record;
 
 /// How long a destroy waits for the communicator's own last call. Its caller has synchronised, so it is done.
 const DESTROY_PATIENCE: Duration = Duration::from_secs(10);
@@ -75,7 +77,7 @@ fn make(config: Config, parent: Option<Comm>, made: *mut Comm, call: impl FnOnce
             let comm = unsafe { *made };
             // Inside a group NCCL fills some in at once, others when they are complete. A value that was there before
             // may be an older communicator's.
-            let grouped = GROUPS.try_with(|depth| depth.get() > 0).unwrap_or(true);
+            let grouped = group::open();
             if !comm.is_null() && (!grouped || comm != before) {
                 comm::created(comm as usize, hints(config, parent));
             } else {
@@ -201,6 +203,11 @@ fn end(comm: Comm, communicator: Arc<Communicator>, patience: Duration, abort: b
         info!(-1, "communicator {comm:p} ends: {}", communicator.counters);
         drop(communicator);
         ready.release(patience, abort);
+    } else {
+        drop(communicator);
+    }
+    if let Some(path) = &Settings::get().stats {
+        record::write(path);
     }
 }
 
@@ -209,9 +216,16 @@ fn end(comm: Comm, communicator: Arc<Communicator>, patience: Duration, abort: b
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ncclCommFinalize(comm: Comm) -> Code {
     guard(|| match stock() {
-        // Nothing of ours is flushed here: a routed call is done when its stream says so.
-        // SAFETY: the caller's own argument.
-        Ok(stock) => inside(|nccl| unsafe { (nccl.comm_finalize)(comm) }, stock),
+        Ok(stock) => {
+            if let Some(communicator) =
+                (!comm.is_null() && !transparent()).then(|| comm::known(comm as usize)).flatten()
+            {
+                communicator.finalize();
+            }
+            // Nothing of ours is flushed here: a routed call is done when its stream says so.
+            // SAFETY: the caller's own argument.
+            inside(|nccl| unsafe { (nccl.comm_finalize)(comm) }, stock)
+        }
         Err(code) => code,
     })
 }
@@ -328,56 +342,6 @@ pub unsafe extern "C" fn ncclCommGetAsyncError(comm: Comm, error: *mut Code) -> 
     })
 }
 
-/// # Safety
-/// None; `unsafe` only because it is called from C.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn ncclGroupStart() -> Code {
-    guard(|| match stock() {
-        Ok(stock) => {
-            // SAFETY: takes nothing.
-            let result = unsafe { (stock.nccl.group_start)() };
-            if result == code::SUCCESS && !transparent() {
-                let _ = GROUPS.try_with(|depth| depth.set(depth.get() + 1));
-            }
-            result
-        }
-        Err(code) => code,
-    })
-}
-
-/// # Safety
-/// None; `unsafe` only because it is called from C.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn ncclGroupEnd() -> Code {
-    guard(|| match stock() {
-        Ok(stock) => {
-            if !transparent() {
-                let _ = GROUPS.try_with(|depth| depth.set(depth.get().saturating_sub(1)));
-            }
-            // SAFETY: takes nothing.
-            inside(|nccl| unsafe { (nccl.group_end)() }, stock)
-        }
-        Err(code) => code,
-    })
-}
-
-/// # Safety
-/// As for this function in NCCL. It closes a group without running it.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn ncclGroupSimulateEnd(info: *mut c_void) -> Code {
-    guard(|| match stock() {
-        Ok(stock) => {
-            if !transparent() {
-                let _ = GROUPS.try_with(|depth| depth.set(depth.get().saturating_sub(1)));
-            }
-            // SAFETY: the caller's own argument.
-            inside(|nccl| nccl.group_simulate_end.map(|end| unsafe { end(info) }), stock)
-                .unwrap_or_else(|| absent("ncclGroupSimulateEnd"))
-        }
-        Err(code) => code,
-    })
-}
-
 /// Names and addresses for the call slots.
 pub(super) fn targets() -> Vec<(&'static CStr, *const c_void)> {
     vec![
@@ -393,8 +357,5 @@ pub(super) fn targets() -> Vec<(&'static CStr, *const c_void)> {
         (c"ncclCommAbort", ncclCommAbort as *const c_void),
         (c"ncclCommRevoke", ncclCommRevoke as *const c_void),
         (c"ncclCommGetAsyncError", ncclCommGetAsyncError as *const c_void),
-        (c"ncclGroupStart", ncclGroupStart as *const c_void),
-        (c"ncclGroupEnd", ncclGroupEnd as *const c_void),
-        (c"ncclGroupSimulateEnd", ncclGroupSimulateEnd as *const c_void),
     ]
 }

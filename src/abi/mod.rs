@@ -2,6 +2,7 @@
 
 mod collectives;
 mod exchange;
+mod group;
 mod lifecycle;
 mod net;
 mod report;
@@ -108,8 +109,6 @@ fn prepare() {
 thread_local! {
     /// Set while this thread is inside a function of stock NCCL that may call public functions itself.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
-    /// Open groups of this thread.
-    static GROUPS: Cell<u32> = const { Cell::new(0) };
 }
 
 /// Whether the call comes from inside stock NCCL, or this process must leave everything alone.
@@ -146,6 +145,30 @@ pub(crate) fn watch_forks() {
             warning!(-1, "pthread_atfork failed with {failed}");
         }
     });
+}
+
+/// Programs may end without destroying their communicators: where the user wants the counters in a file, it is written
+/// at the end of the process too. Nothing of this library runs at exit otherwise.
+pub(crate) fn record_at_exit() {
+    extern "C" fn write() {
+        guard(|| {
+            if let (Some(path), false) = (&Config::get().stats, FORKED.load(Ordering::Relaxed)) {
+                crate::record::write(path);
+            }
+            code::SUCCESS
+        });
+    }
+    static ONCE: Once = Once::new();
+    if Config::get().stats.is_some() {
+        ONCE.call_once(|| {
+            // Slots lead here or NCCL holds us, so the code is there at the end.
+            intercept::pin_library();
+            // SAFETY: the handler takes nothing and lets no panic out.
+            if unsafe { libc::atexit(write) } != 0 {
+                warning!(-1, "atexit failed: TWOSHOT_STATS is written at the end of communicators only");
+            }
+        });
+    }
 }
 
 /// NCCL has loaded us as a network plugin; `inside_nccl` is an address inside the very library that did. Reroutes the
@@ -198,6 +221,7 @@ fn bind() {
 /// The functions whose call slots lead to us: all that are written by hand.
 fn targets() -> Vec<(&'static CStr, *const c_void)> {
     let mut targets = collectives::targets();
+    targets.extend(group::targets());
     targets.extend(lifecycle::targets());
     targets
 }

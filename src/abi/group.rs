@@ -1,0 +1,367 @@
+//! Groups: nothing of ours is launched before the outermost `ncclGroupEnd`, and a communicator whose first collective
+//! is in a group is set up at that end.
+//!
+//! **Order.** Routed calls that come before anything stock NCCL got in this group are launched before stock's own end
+//! of the group, all others behind it, so that what a stream sees is the order of the calls as far as a group has one.
+//! NCCL wants the same collectives of a communicator in a group on every rank, so every rank arrives at the same order.
+//!
+//! **Set-up.** The first collective of a new communicator is held back, with all that follows on that communicator.
+//! At the end of the group every such communicator is set up, each on a thread of its own: a program whose one thread
+//! drives all GPUs has all ranks in the group, and none of them can be set up alone. On those threads no group is open,
+//! so the exchange through stock NCCL runs at once. Then the held calls are made.
+
+use std::cell::{Cell, RefCell};
+use std::ffi::{CStr, c_int, c_void};
+use std::sync::Arc;
+
+use super::collectives::{Arguments, Placement, fault_or_launch, place, set_up};
+use super::{Code, absent, code, guard, inside, stock, transparent};
+use crate::comm::{Communicator, State};
+use crate::driver::{RawStream, capturing};
+use crate::intercept::{Comm, Functions, Stock};
+use crate::route::Plan;
+use crate::warning;
+
+/// A routed call that waits for the end of the group.
+struct Routed {
+    communicator: Arc<Communicator>,
+    plan: Plan,
+    arguments: Arguments,
+}
+
+/// A call on a communicator that is set up at the end of the group.
+struct Held {
+    communicator: Arc<Communicator>,
+    comm: Comm,
+    stream: RawStream,
+    /// Stock NCCL had nothing of this group before it.
+    early: bool,
+    call: Box<dyn FnOnce() -> Code>,
+}
+
+#[derive(Default)]
+struct Group {
+    /// To be launched before stock's end of the group.
+    before: Vec<Routed>,
+    /// To be launched behind it.
+    behind: Vec<Routed>,
+    held: Vec<Held>,
+    /// The held call that is being made was early.
+    early: bool,
+    /// Operations that were destroyed while calls that use them are held.
+    operations: Vec<(c_int, Comm)>,
+    /// Communicators that stock NCCL has a call of.
+    touched: Vec<Comm>,
+    /// Stock NCCL refused a call: it will run none of this group.
+    refused: bool,
+}
+
+thread_local! {
+    /// Open groups of this thread.
+    static DEPTH: Cell<u32> = const { Cell::new(0) };
+    static GROUP: RefCell<Group> = RefCell::new(Group::default());
+}
+
+/// Whether this thread has a group open. A thread that is ending is left to stock NCCL.
+pub(super) fn open() -> bool {
+    DEPTH.try_with(|depth| depth.get() > 0).unwrap_or(false)
+}
+
+/// Works on this thread's group; `otherwise` where the thread is ending.
+fn with<T>(otherwise: T, work: impl FnOnce(&mut Group) -> T) -> T {
+    GROUP
+        .try_with(|group| group.try_borrow_mut().map(|mut group| work(&mut group)).ok())
+        .ok()
+        .flatten()
+        .unwrap_or(otherwise)
+}
+
+/// Whether a call on this communicator has to wait until the end of the group: something on it waits already, or it is
+/// a collective and the communicator's first.
+fn waits(communicator: &Communicator, comm: Comm, stream: RawStream, collective: bool) -> bool {
+    let (held, touched) =
+        with((false, true), |group| (group.held.iter().any(|held| held.comm == comm), group.touched.contains(&comm)));
+    // What stock NCCL already has of the communicator would be started by the exchange.
+    held || (collective && !touched && matches!(communicator.state(), State::New) && !capturing(stream))
+}
+
+fn hold(communicator: &Arc<Communicator>, comm: Comm, stream: RawStream, call: Box<dyn FnOnce() -> Code>) -> Code {
+    let communicator = Arc::clone(communicator);
+    with((), |group| {
+        let early = group.touched.is_empty();
+        group.held.push(Held { communicator, comm, stream, early, call });
+    });
+    code::SUCCESS
+}
+
+/// Hands a call of this group to stock NCCL.
+fn forward(comm: Comm, call: impl FnOnce() -> Code) -> Code {
+    let result = call();
+    with((), |group| {
+        if !group.touched.contains(&comm) {
+            group.touched.push(comm);
+        }
+        group.refused |= result != code::SUCCESS && result != code::IN_PROGRESS;
+    });
+    result
+}
+
+/// A call inside a group that is stock NCCL's whatever happens.
+pub(super) fn pass(
+    communicator: &Arc<Communicator>,
+    (comm, stream): (Comm, RawStream),
+    collective: bool,
+    call: impl FnOnce() -> Code + 'static,
+) -> Code {
+    if waits(communicator, comm, stream, collective) {
+        return hold(communicator, comm, stream, Box::new(call));
+    }
+    forward(comm, call)
+}
+
+/// An AllReduce inside a group.
+pub(super) fn all_reduce(stock: &'static Stock, communicator: Arc<Communicator>, arguments: Arguments) -> Code {
+    let stream = RawStream(arguments.stream as usize);
+    if waits(&communicator, arguments.comm, stream, true) {
+        let own = Arc::clone(&communicator);
+        return hold(&communicator, arguments.comm, stream, Box::new(move || queue(stock, own, arguments)));
+    }
+    queue(stock, communicator, arguments)
+}
+
+fn queue(stock: &Stock, communicator: Arc<Communicator>, arguments: Arguments) -> Code {
+    match place(&communicator, &arguments) {
+        Placement::Routed(plan) => {
+            let behind_stock = !communicator.hints().non_blocking;
+            let routed = Routed { communicator, plan, arguments };
+            with((), |group| {
+                // Stock NCCL starts a non-blocking communicator's group in its own time: nothing can be put behind it.
+                let early = group.touched.is_empty() || (group.early && !group.touched.contains(&arguments.comm));
+                let behind = behind_stock && !early;
+                if behind { &mut group.behind } else { &mut group.before }.push(routed);
+            });
+            code::SUCCESS
+        }
+        Placement::Stock => forward(arguments.comm, || arguments.to_stock(stock)),
+        Placement::Failed(failed) => failed,
+    }
+}
+
+/// Sets up the communicators that calls are held for. The first code that is no success is the group's.
+fn set_up_held(stock: &'static Stock, held: &[Held]) -> Code {
+    let mut firsts: Vec<&Held> = Vec::new();
+    for one in held {
+        if !firsts.iter().any(|first| first.comm == one.comm) {
+            firsts.push(one);
+        }
+    }
+    let mut result = code::SUCCESS;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = firsts
+            .iter()
+            .map(|first| {
+                let (communicator, comm, stream) = (Arc::clone(&first.communicator), first.comm as usize, first.stream);
+                let work = move || set_up(stock, &communicator, comm as Comm, stream);
+                let thread = std::thread::Builder::new().name("twoshot-group".into()).spawn_scoped(scope, work);
+                if let Err(error) = &thread {
+                    warning!(-1, "a thread for the set-up of a communicator could not be started: {error}");
+                    first.communicator.settle();
+                }
+                thread
+            })
+            .collect();
+        for thread in threads {
+            let outcome = match thread {
+                Ok(thread) => thread.join().unwrap_or(Err(code::INTERNAL)),
+                Err(_) => Err(code::SYSTEM),
+            };
+            if let (code::SUCCESS, Err(failed)) = (result, outcome) {
+                result = failed;
+            }
+        }
+    });
+    result
+}
+
+fn launch(routed: Vec<Routed>, result: &mut Code) {
+    for Routed { communicator, plan, arguments } in routed {
+        let launched = fault_or_launch(&communicator, plan, &arguments);
+        if *result == code::SUCCESS {
+            *result = launched;
+        }
+    }
+}
+
+/// The outermost end of a group.
+fn end(stock: &'static Stock) -> Code {
+    let mut ours = code::SUCCESS;
+    let held = with(Vec::new(), |group| std::mem::take(&mut group.held));
+    if !held.is_empty() {
+        ours = set_up_held(stock, &held);
+        for one in held {
+            with((), |group| group.early = one.early);
+            let result = (one.call)();
+            if ours == code::SUCCESS && result != code::IN_PROGRESS {
+                ours = result;
+            }
+        }
+        for (op, comm) in with(Vec::new(), |group| std::mem::take(&mut group.operations)) {
+            // SAFETY: the caller's own arguments; it was told that they are fine.
+            unsafe { (stock.nccl.red_op_destroy)(op, comm) };
+        }
+    }
+    let Group { before, behind, refused, .. } = with(Group::default(), std::mem::take);
+    // What stock NCCL refuses as a whole is refused as a whole.
+    if !refused {
+        launch(before, &mut ours);
+    }
+    let _ = DEPTH.try_with(|depth| depth.set(0));
+    // SAFETY: takes nothing.
+    let result = inside(|nccl| unsafe { (nccl.group_end)() }, stock);
+    if result != code::SUCCESS && result != code::IN_PROGRESS {
+        return result;
+    }
+    if !refused {
+        launch(behind, &mut ours);
+    }
+    if ours == code::SUCCESS { result } else { ours }
+}
+
+/// Closes one group by what `last` does at the outermost one, else by `close`.
+fn close(stock: &'static Stock, close: impl FnOnce(&Functions) -> Code, last: impl FnOnce() -> Option<Code>) -> Code {
+    if !transparent() {
+        match DEPTH.try_with(Cell::get).unwrap_or(0) {
+            0 => {}
+            1 => {
+                if let Some(result) = last() {
+                    return result;
+                }
+                let _ = DEPTH.try_with(|depth| depth.set(0));
+            }
+            more => {
+                let _ = DEPTH.try_with(|depth| depth.set(more - 1));
+            }
+        }
+    }
+    inside(close, stock)
+}
+
+/// # Safety
+/// None; `unsafe` only because it is called from C.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclGroupStart() -> Code {
+    guard(|| match stock() {
+        Ok(stock) => {
+            // SAFETY: takes nothing.
+            let result = unsafe { (stock.nccl.group_start)() };
+            if result == code::SUCCESS && !transparent() {
+                let _ = DEPTH.try_with(|depth| depth.set(depth.get() + 1));
+            }
+            result
+        }
+        Err(code) => code,
+    })
+}
+
+/// # Safety
+/// None; `unsafe` only because it is called from C.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclGroupEnd() -> Code {
+    guard(|| match stock() {
+        // SAFETY: takes nothing.
+        Ok(stock) => close(stock, |nccl| unsafe { (nccl.group_end)() }, || Some(end(stock))),
+        Err(code) => code,
+    })
+}
+
+/// # Safety
+/// As for this function in NCCL. It closes a group without running it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclGroupSimulateEnd(info: *mut c_void) -> Code {
+    guard(|| match stock() {
+        Ok(stock) => {
+            let simulate = |nccl: &Functions| {
+                // SAFETY: the caller's own argument.
+                let result = nccl.group_simulate_end.map(|end| unsafe { end(info) });
+                result.unwrap_or_else(|| absent("ncclGroupSimulateEnd"))
+            };
+            close(stock, simulate, || {
+                for (op, comm) in with(Group::default(), std::mem::take).operations {
+                    // SAFETY: the caller's own arguments; it was told that they are fine.
+                    unsafe { (stock.nccl.red_op_destroy)(op, comm) };
+                }
+                None
+            })
+        }
+        Err(code) => code,
+    })
+}
+
+/// # Safety
+/// As for this function in NCCL, which has forgotten an operation's calls by then; held calls still need it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclRedOpDestroy(op: c_int, comm: Comm) -> Code {
+    guard(|| match stock() {
+        Ok(stock) => {
+            let later = open()
+                && with(false, |group| {
+                    let used = group.held.iter().any(|held| held.comm == comm);
+                    if used {
+                        group.operations.push((op, comm));
+                    }
+                    used
+                });
+            // SAFETY: the caller's own arguments.
+            if later { code::SUCCESS } else { unsafe { (stock.nccl.red_op_destroy)(op, comm) } }
+        }
+        Err(code) => code,
+    })
+}
+
+macro_rules! point_to_point {
+    ($($name:ident = $field:ident ($buffer:ty);)*) => {
+        $(
+            /// # Safety
+            /// As for the function of this name in NCCL: every argument is passed on untouched.
+            #[unsafe(no_mangle)]
+            pub unsafe extern "C" fn $name(
+                buffer: $buffer,
+                count: usize,
+                dtype: c_int,
+                peer: c_int,
+                comm: Comm,
+                stream: *mut c_void,
+            ) -> Code {
+                guard(|| match stock() {
+                    Ok(stock) => {
+                        // SAFETY: the caller's own arguments.
+                        let call = move || unsafe { (stock.nccl.$field)(buffer, count, dtype, peer, comm, stream) };
+                        if comm.is_null() || !open() || transparent() {
+                            return call();
+                        }
+                        let communicator = crate::comm::find(comm as usize);
+                        pass(&communicator, (comm, RawStream(stream as usize)), false, call)
+                    }
+                    Err(code) => code,
+                })
+            }
+        )*
+    };
+}
+
+point_to_point! {
+    ncclSend = send(*const c_void);
+    ncclRecv = recv(*mut c_void);
+}
+
+/// Names and addresses for the call slots.
+pub(super) fn targets() -> Vec<(&'static CStr, *const c_void)> {
+    vec![
+        (c"ncclGroupStart", ncclGroupStart as *const c_void),
+        (c"ncclGroupEnd", ncclGroupEnd as *const c_void),
+        (c"ncclGroupSimulateEnd", ncclGroupSimulateEnd as *const c_void),
+        (c"ncclRedOpDestroy", ncclRedOpDestroy as *const c_void),
+        (c"ncclSend", ncclSend as *const c_void),
+        (c"ncclRecv", ncclRecv as *const c_void),
+    ]
+}
