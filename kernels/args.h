@@ -8,6 +8,7 @@
 
 /* A window is one allocation: [header][stage 0][stage 1][stage 2]. */
 #define TWOSHOT_LINE_BYTES 16      /* the unit of every transfer and poll */
+#define TWOSHOT_HALF_BYTES 8       /* payload in a line of the types that kernels/wire.cuh escapes */
 #define TWOSHOT_SLOT_LINES 8       /* slots and shards start on multiples of this many lines */
 #define TWOSHOT_HEADER_BYTES 4096
 #define TWOSHOT_STAGES 3
@@ -16,7 +17,7 @@
 #define TWOSHOT_MAX_THREADS 512
 
 #define TWOSHOT_SENTINEL 0xFFFAFFFAu    /* a word that no publisher ever stores */
-#define TWOSHOT_REPLACEMENT 0xFFFAFFFBu /* what it stores instead: NaN again, in all three types */
+#define TWOSHOT_REPLACEMENT 0xFFFAFFFBu /* what it stores instead: NaN again, in f32, f16 and bf16 */
 
 #define TWOSHOT_SPINS_PER_CHECK 1024 /* failed polls between two looks at the control record */
 
@@ -32,6 +33,19 @@
 #define TWOSHOT_PHASE_SCATTER 1
 #define TWOSHOT_PHASE_BROADCAST 2
 
+/* TwoshotArgs.op, as ncclRedOp_t; not read by the kernels that only sum */
+#define TWOSHOT_OP_SUM 0
+#define TWOSHOT_OP_PROD 1
+#define TWOSHOT_OP_MAX 2
+#define TWOSHOT_OP_MIN 3
+#define TWOSHOT_OP_AVG 4
+
+/* TwoshotArgs.type, as ncclDataType_t: those that a kernel tells apart */
+#define TWOSHOT_TYPE_I8 0
+#define TWOSHOT_TYPE_I32 2
+#define TWOSHOT_TYPE_I64 4
+#define TWOSHOT_TYPE_E5M2 11
+
 /* The only kernel parameter, passed by value. */
 typedef struct TwoshotArgs {
   uint64_t in;            /* device address, element aligned */
@@ -45,6 +59,8 @@ typedef struct TwoshotArgs {
   uint64_t timeout_ns;    /* 0: no deadline */
   uint32_t rank;
   uint32_t ranks;
+  uint32_t op;            /* TWOSHOT_OP_* */
+  uint32_t type;          /* TWOSHOT_TYPE_* or another ncclDataType_t */
 } TwoshotArgs;
 
 /* At the start of the own window; nobody else touches it. */
@@ -72,7 +88,7 @@ typedef struct TwoshotControl {
 #define TWOSHOT_ASSERT(condition) _Static_assert(condition, #condition)
 #endif
 
-TWOSHOT_ASSERT(sizeof(TwoshotArgs) == 80);
+TWOSHOT_ASSERT(sizeof(TwoshotArgs) == 88);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, in) == 0);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, out) == 8);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, count) == 16);
@@ -84,6 +100,8 @@ TWOSHOT_ASSERT(offsetof(TwoshotArgs, stage_bytes) == 56);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, timeout_ns) == 64);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, rank) == 72);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, ranks) == 76);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, op) == 80);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, type) == 84);
 
 TWOSHOT_ASSERT(sizeof(TwoshotState) == 4 * TWOSHOT_MAX_BLOCKS + 8);
 TWOSHOT_ASSERT(sizeof(TwoshotState) <= TWOSHOT_HEADER_BYTES);

@@ -1,5 +1,6 @@
 // Every kernel that the library can launch, and nothing else: twoshot_{shape}_{type}_{ranks}_{uc|mc}.
 // ranks: 2, 4 and 8 are compiled for that number, n takes any. uc pushes to each peer, mc to the multicast window.
+// f32, f16 and bf16 only sum; all other types (of folds.cuh, several of NCCL's each) do what TwoshotArgs.op says.
 #include "oneshot.cuh"
 #include "twoshot.cuh"
 
@@ -16,9 +17,20 @@
   TWOSHOT_RANKS(X, shape, f32)  \
   TWOSHOT_RANKS(X, shape, f16)  \
   TWOSHOT_RANKS(X, shape, bf16)
+#define TWOSHOT_FOLDS(X, shape)         \
+  TWOSHOT_DOORS(X, shape, f32op, n, 0)  \
+  TWOSHOT_DOORS(X, shape, f16op, n, 0)  \
+  TWOSHOT_DOORS(X, shape, bf16op, n, 0) \
+  TWOSHOT_DOORS(X, shape, i8, n, 0)     \
+  TWOSHOT_DOORS(X, shape, i32, n, 0)    \
+  TWOSHOT_DOORS(X, shape, i64, n, 0)    \
+  TWOSHOT_DOORS(X, shape, f64, n, 0)    \
+  TWOSHOT_DOORS(X, shape, fp8, n, 0)
 #define TWOSHOT_KERNELS(X)  \
   TWOSHOT_TYPES(X, oneshot) \
-  TWOSHOT_TYPES(X, twoshot)
+  TWOSHOT_TYPES(X, twoshot) \
+  TWOSHOT_FOLDS(X, oneshot) \
+  TWOSHOT_FOLDS(X, twoshot)
 
 // One block per multiprocessor is enough; not told so, ptxas would rather spill than exceed 64 registers.
 #define TWOSHOT_DEFINE(shape, type, name, ranks, door, multicast)                             \

@@ -11,8 +11,8 @@
 // Epoch      Launches of this communicator so far; launch e uses stage e % 3. In device memory, so a replayed graph
 //            goes on counting. One replica per block: block b reads replica b and, once all its threads have read it,
 //            advances the replicas i with i % blocks == b. No replica is touched by two blocks of a launch.
-// Sentinel   Word 0xFFFAFFFA: never published. A publisher stores 0xFFFAFFFB instead; both are NaN in f32, f16 and
-//            bf16, and sums of NaN are canonical, so no result changes.
+// Sentinel   Word 0xFFFAFFFA: never published, for which wire.cuh seals every line: by a neighbouring NaN where the
+//            elements are f32, f16 or bf16, by an escape word in the line where any bits may be a value.
 // Granule    One word: a 16-byte store may land in parts, so a line has arrived when none of its four words is the
 //            sentinel. Words are compared as integers; a float compare would call every NaN unequal.
 // Re-arm     The thread that polled a line stores the sentinel back, in the same launch. So the set that is re-armed
@@ -37,17 +37,18 @@
 
 #include "args.h"
 #include "ptx.cuh"
+#include "wire.cuh"
 
 namespace twoshot {
 
 // The ranks. Their number is a constant in the kernels made for it (N > 0). How many of them a thread deals with
 // together is a matter of speed alone: all, if the number is known; else chunks of 8, or of 2 where an unaligned buffer
 // costs several accesses per line anyway and the code should stay small.
-template <int N, bool ALIGNED>
+template <int N, bool ALIGNED, int MOST>
 struct Team {
   static constexpr bool kWhole = N > 0 && ALIGNED;
-  static constexpr uint32_t kChunk = kWhole ? N : ALIGNED ? 8 : 2;     // ranks polled together
-  static constexpr uint32_t kPeers = kWhole ? N - 1 : ALIGNED ? 8 : 1; // peers pushed to together
+  static constexpr uint32_t kChunk = kWhole ? N : ALIGNED ? MOST : 2;     // ranks polled together
+  static constexpr uint32_t kPeers = kWhole ? N - 1 : ALIGNED ? MOST : 1; // peers pushed to together
   static constexpr int kUnroll = kWhole ? N : 1;
   uint32_t rank, count;
 
@@ -76,20 +77,7 @@ TWOSHOT_DEVICE uint64_t stage_offset(const TwoshotArgs& args, uint32_t epoch) {
 
 TWOSHOT_DEVICE uint64_t line_offset(uint32_t line) { return uint64_t{line} * TWOSHOT_LINE_BYTES; }
 
-// ---- sentinel ---------------------------------------------------------------------------------------------------
-
-TWOSHOT_DEVICE bool has_sentinel(const Line& line) {
-  return line.word[0] == TWOSHOT_SENTINEL || line.word[1] == TWOSHOT_SENTINEL || line.word[2] == TWOSHOT_SENTINEL ||
-         line.word[3] == TWOSHOT_SENTINEL;
-}
-
-TWOSHOT_DEVICE Line sanitise(Line line) {
-TWOSHOT_UNROLL
-  for (int w = 0; w < 4; w++) {
-    if (line.word[w] == TWOSHOT_SENTINEL) line.word[w] = TWOSHOT_REPLACEMENT;
-  }
-  return line;
-}
+// ---- re-arm ---------------------------------------------------------------------------------------------------
 
 TWOSHOT_DEVICE void rearm_if(uint64_t address, bool polled) {
 #ifndef TWOSHOT_WITHOUT_REARM  // defined by a negative control only

@@ -2,6 +2,7 @@
 // links; the right shape while latency, not bandwidth, is the cost. Protocol: lamport.cuh.
 #pragma once
 
+#include "folds.cuh"
 #include "lamport.cuh"
 #include "types.cuh"
 
@@ -9,7 +10,7 @@ namespace twoshot {
 
 template <typename T, int N, bool MC, bool ALIGNED>
 TWOSHOT_DEVICE void oneshot_body(const TwoshotArgs& args) {
-  using Ranks = Team<N, ALIGNED>;
+  using Ranks = Team<N, ALIGNED, T::kMostTogether>;
   constexpr uint32_t kChunk = Ranks::kChunk;
   const Ranks team(args);
   const Payload<T, ALIGNED> payload(args);
@@ -23,12 +24,12 @@ TWOSHOT_DEVICE void oneshot_body(const TwoshotArgs& args) {
   Line own = payload.begin_load(first);
   const uint32_t epoch = epoch_read(args);
   payload.finish_load(own, first);
-  own = sanitise(own);
+  own = seal<T>(own);
   const uint64_t stage = stage_offset(args, epoch);
   publish<MC>(args, team, stage + line_offset(team.rank * slot + first), own, first < payload.lines);
 TWOSHOT_UNROLL_BY(1)
   for (uint32_t i = first + step; i < payload.lines; i += step) {
-    const Line line = sanitise(payload.load(i));
+    const Line line = seal<T>(payload.load(i));
     publish<MC>(args, team, stage + line_offset(team.rank * slot + i), line, true);
   }
 
@@ -38,11 +39,11 @@ TWOSHOT_UNROLL_BY(1)
   const uint64_t mine = window(args, team.rank) + stage;
 TWOSHOT_UNROLL_BY(1)
   for (uint32_t i = first; i < payload.lines; i += step) {
-    if (i != first) own = sanitise(payload.load(i));
+    if (i != first) own = seal<T>(payload.load(i));
     const auto address = [&](uint32_t r) { return mine + line_offset(r * slot + i); };
     const auto polled = [&](uint32_t r) { return r < team.size() && (MC || r != team.rank); };
 
-    Sum<T> sum;
+    typename T::Fold sum;
     if constexpr (!Ranks::kWhole) sum.clear();
 TWOSHOT_UNROLL_BY(Ranks::kUnroll)
     for (uint32_t base = 0; base < team.size(); base += kChunk) {
@@ -60,13 +61,13 @@ TWOSHOT_UNROLL
 TWOSHOT_UNROLL
       for (uint32_t k = 0; k < kChunk; k++) {
         if (Ranks::kWhole && k == 0) {
-          sum.start(line[k]);
+          sum.start(line[k], args);
         } else if (base + k < team.size()) {
-          sum.add(line[k]);
+          sum.add(line[k], args, base + k);
         }
       }
     }
-    payload.store(i, sum.round());
+    payload.store(i, sum.round(args));
 TWOSHOT_UNROLL_BY(Ranks::kUnroll)
     for (uint32_t r = 0; r < team.size(); r++) rearm_if(address(r), polled(r));
   }
@@ -75,7 +76,7 @@ TWOSHOT_UNROLL_BY(Ranks::kUnroll)
 
 template <typename T, int N, bool MC>
 TWOSHOT_DEVICE void oneshot(const TwoshotArgs& args) {
-  if (payload_aligned(args)) {
+  if (payload_aligned<T>(args)) {
     oneshot_body<T, N, MC, true>(args);
   } else {
     oneshot_body<T, N, MC, false>(args);

@@ -48,6 +48,24 @@ TWOSHOT_DEVICE void st_weak_v4_if(uint64_t address, const Line& line, bool wante
       : "memory");
 }
 
+// The first two words of a line.
+TWOSHOT_DEVICE void ld_weak_v2_if(Line& line, uint64_t address, bool wanted) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %3, 0;\n\t"
+      "@p ld.global.v2.b32 {%0, %1}, [%2]; }"
+      : "+r"(line.word[0]), "+r"(line.word[1])
+      : "l"(address), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+}
+
+TWOSHOT_DEVICE void st_weak_v2_if(uint64_t address, const Line& line, bool wanted) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %3, 0;\n\t"
+      "@p st.global.v2.b32 [%0], {%1, %2}; }" ::"l"(address),
+      "r"(line.word[0]), "r"(line.word[1]), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+}
+
 TWOSHOT_DEVICE uint32_t ld_weak_b32(uint64_t address) {
   uint32_t value;
   asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
@@ -58,6 +76,16 @@ TWOSHOT_DEVICE uint32_t ld_weak_b16(uint64_t address) {
   uint16_t value;
   asm volatile("ld.global.b16 %0, [%1];" : "=h"(value) : "l"(address) : "memory");
   return value;
+}
+
+TWOSHOT_DEVICE uint32_t ld_weak_b8(uint64_t address) {
+  uint32_t value;
+  asm volatile("ld.global.u8 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+TWOSHOT_DEVICE void st_weak_b8(uint64_t address, uint32_t value) {
+  asm volatile("st.global.u8 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 TWOSHOT_DEVICE void st_weak_b32(uint64_t address, uint32_t value) {
@@ -171,6 +199,91 @@ TWOSHOT_DEVICE uint32_t cvt_rn_f16x2_f32(float low, float high) {
 TWOSHOT_DEVICE uint32_t cvt_rn_bf16x2_f32(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+TWOSHOT_DEVICE float mul_rn_f32(float a, float b) {
+  float result;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+TWOSHOT_DEVICE float div_rn_f32(float a, float b) {
+  float result;
+  asm("div.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// Of two values one of which is a NaN the other; +0 is more than -0.
+TWOSHOT_DEVICE float max_f32(float a, float b) {
+  float result;
+  asm("max.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+TWOSHOT_DEVICE float min_f32(float a, float b) {
+  float result;
+  asm("min.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+TWOSHOT_DEVICE double mov_b64_f64(uint32_t low, uint32_t high) {
+  return __longlong_as_double(static_cast<int64_t>(uint64_t{high} << 32 | low));
+}
+
+TWOSHOT_DEVICE void mov_f64_b64(double value, uint32_t& low, uint32_t& high) {
+  const auto bits = static_cast<uint64_t>(__double_as_longlong(value));
+  low = static_cast<uint32_t>(bits);
+  high = static_cast<uint32_t>(bits >> 32);
+}
+
+TWOSHOT_DEVICE double add_rn_f64(double a, double b) {
+  double result;
+  asm("add.rn.f64 %0, %1, %2;" : "=d"(result) : "d"(a), "d"(b));
+  return result;
+}
+
+TWOSHOT_DEVICE double mul_rn_f64(double a, double b) {
+  double result;
+  asm("mul.rn.f64 %0, %1, %2;" : "=d"(result) : "d"(a), "d"(b));
+  return result;
+}
+
+TWOSHOT_DEVICE double div_rn_f64(double a, double b) {
+  double result;
+  asm("div.rn.f64 %0, %1, %2;" : "=d"(result) : "d"(a), "d"(b));
+  return result;
+}
+
+TWOSHOT_DEVICE double max_f64(double a, double b) {
+  double result;
+  asm("max.f64 %0, %1, %2;" : "=d"(result) : "d"(a), "d"(b));
+  return result;
+}
+
+TWOSHOT_DEVICE double min_f64(double a, double b) {
+  double result;
+  asm("min.f64 %0, %1, %2;" : "=d"(result) : "d"(a), "d"(b));
+  return result;
+}
+
+// Exact; the upper half of the operand is ignored.
+TWOSHOT_DEVICE uint32_t cvt_rn_f16x2_e4m3x2(uint32_t bits) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<uint16_t>(bits)));
+  return pair;
+}
+
+// To nearest even; what is too large, infinities too, becomes the largest finite value; a NaN becomes 0x7F.
+TWOSHOT_DEVICE uint32_t cvt_rn_satfinite_e4m3x2_f32(float low, float high) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+TWOSHOT_DEVICE uint32_t cvt_rn_satfinite_e5m2x2_f32(float low, float high) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
   return pair;
 }
 

@@ -5,6 +5,7 @@
 // a line of `in` is read by the thread that later writes that line of `out`, so in == out needs no care.
 #pragma once
 
+#include "folds.cuh"
 #include "lamport.cuh"
 #include "types.cuh"
 
@@ -12,7 +13,7 @@ namespace twoshot {
 
 template <typename T, int N, bool MC, bool ALIGNED>
 struct TwoShot {
-  using Ranks = Team<N, ALIGNED>;
+  using Ranks = Team<N, ALIGNED, T::kMostTogether>;
   static constexpr uint32_t kChunk = Ranks::kChunk;
   static constexpr uint32_t kPeers = Ranks::kPeers;
   // Line indices that a thread has in flight together when it has several: about six loads in each phase.
@@ -69,7 +70,7 @@ TWOSHOT_UNROLL
         const uint32_t peer = team.peer(distance);
         const bool exists = (Ranks::kWhole || distance < team.size()) && index < shard;
         st_relaxed_sys_v4_if(window(args, peer) + stage + line_offset(scatter_line(team.rank, index)),
-                             sanitise(line[k]), exists && peer * shard + index < payload.lines);
+                             seal<T>(line[k]), exists && peer * shard + index < payload.lines);
       }
     }
     return epoch;
@@ -103,10 +104,10 @@ TWOSHOT_UNROLL
 TWOSHOT_UNROLL
     for (uint32_t u = 0; u < U; u++) {
       own[u] = Line{};
-      if (i + u * step < own_lines) own[u] = sanitise(payload.load(begin + i + u * step));
+      if (i + u * step < own_lines) own[u] = seal<T>(payload.load(begin + i + u * step));
     }
 
-    Sum<T> sum[U];
+    typename T::Fold sum[U];
     if constexpr (!Ranks::kWhole) sum[0].clear();
 TWOSHOT_UNROLL_BY(Ranks::kUnroll)
     for (uint32_t base = 0; base < team.size(); base += kChunk) {
@@ -125,16 +126,16 @@ TWOSHOT_UNROLL
 TWOSHOT_UNROLL
       for (uint32_t k = 0; k < U * kChunk; k++) {
         if (Ranks::kWhole && k % kChunk == 0) {
-          sum[k / kChunk].start(line[k]);
+          sum[k / kChunk].start(line[k], args);
         } else if (base + k % kChunk < team.size()) {
-          sum[k / kChunk].add(line[k]);
+          sum[k / kChunk].add(line[k], args, base + k % kChunk);
         }
       }
     }
 TWOSHOT_UNROLL
     for (uint32_t u = 0; u < U; u++) {
       const uint32_t index = i + u * step;
-      own[u] = sanitise(sum[u].round());
+      own[u] = seal<T>(sum[u].round(args));
       publish<MC>(args, team, stage + line_offset(broadcast_line(team.rank, index)), own[u], index < own_lines);
     }
 TWOSHOT_UNROLL
@@ -244,7 +245,7 @@ TWOSHOT_UNROLL_BY(1)
 
 template <typename T, int N, bool MC>
 TWOSHOT_DEVICE void twoshot(const TwoshotArgs& args) {
-  if (payload_aligned(args)) {
+  if (payload_aligned<T>(args)) {
     TwoShot<T, N, MC, true>(args).run();
   } else {
     TwoShot<T, N, MC, false>(args).run();

@@ -1,27 +1,41 @@
-// Element types: how a line becomes f32 values and how f32 values become a line. Payload: the caller's buffer as
-// lines. Sums are f32 in rank order and rounded once, to nearest even. Knows nothing of windows and epochs.
+// The element types whose sums are specialised: how a line becomes f32 values and how f32 values become a line. Payload:
+// the caller's buffer as lines. Sums are f32 in rank order and rounded once, to nearest even; all other types and
+// operations are in folds.cuh. Knows nothing of windows and epochs.
 #pragma once
 
 #include "args.h"
 #include "ptx.cuh"
+#include "wire.cuh"
 
 namespace twoshot {
 
-struct f32 {
+template <typename T>
+struct Sum;
+
+// What the specialised types have in common. kLineBytes: payload in a line (wire.cuh); kMostTogether: ranks dealt with
+// together where their number is not known.
+template <typename T>
+struct Specialised {
+  static constexpr uint32_t kLineBytes = TWOSHOT_LINE_BYTES;
+  static constexpr int kMostTogether = 8;
+  using Fold = Sum<T>;
+};
+
+struct f32 : Specialised<f32> {
   static constexpr uint32_t kBytes = 4;
   static constexpr int kPerWord = 1;
   static TWOSHOT_DEVICE void unpack(uint32_t word, float* values) { values[0] = mov_b32_f32(word); }
   static TWOSHOT_DEVICE uint32_t pack(const float* values) { return mov_f32_b32(values[0]); }
 };
 
-struct f16 {
+struct f16 : Specialised<f16> {
   static constexpr uint32_t kBytes = 2;
   static constexpr int kPerWord = 2;
   static TWOSHOT_DEVICE void unpack(uint32_t word, float* values) { cvt_f16x2_f32(word, values[0], values[1]); }
   static TWOSHOT_DEVICE uint32_t pack(const float* values) { return cvt_rn_f16x2_f32(values[0], values[1]); }
 };
 
-struct bf16 {
+struct bf16 : Specialised<bf16> {
   static constexpr uint32_t kBytes = 2;
   static constexpr int kPerWord = 2;
   static TWOSHOT_DEVICE void unpack(uint32_t word, float* values) {
@@ -44,12 +58,12 @@ TWOSHOT_UNROLL
     for (int e = 0; e < kElements; e++) value[e] = -0.0f;
   }
 
-  TWOSHOT_DEVICE void start(const Line& line) {
+  TWOSHOT_DEVICE void start(const Line& line, const TwoshotArgs&) {
 TWOSHOT_UNROLL
     for (int w = 0; w < 4; w++) T::unpack(line.word[w], value + w * T::kPerWord);
   }
 
-  TWOSHOT_DEVICE void add(const Line& line) {
+  TWOSHOT_DEVICE void add(const Line& line, const TwoshotArgs&, uint32_t) {
 TWOSHOT_UNROLL
     for (int w = 0; w < 4; w++) {
       float term[T::kPerWord];
@@ -61,7 +75,7 @@ TWOSHOT_UNROLL
     }
   }
 
-  TWOSHOT_DEVICE Line round() const {
+  TWOSHOT_DEVICE Line round(const TwoshotArgs&) const {
     Line line;
 TWOSHOT_UNROLL
     for (int w = 0; w < 4; w++) line.word[w] = T::pack(value + w * T::kPerWord);
@@ -69,11 +83,11 @@ TWOSHOT_UNROLL
   }
 };
 
-// The caller's two buffers, seen as lines. ALIGNED: both start on 16 bytes, so a full line is one access. The last
+// The caller's two buffers, seen as lines. ALIGNED: both start on a multiple of a line's payload, so a full line is one access. The last
 // line may be partial: it is read element by element and padded with zero bits, and written element by element.
 template <typename T, bool ALIGNED>
 struct Payload {
-  static constexpr uint32_t kPerLine = TWOSHOT_LINE_BYTES / T::kBytes;
+  static constexpr uint32_t kPerLine = T::kLineBytes / T::kBytes;
   static constexpr uint32_t kNone = 0xFFFFFFFFu;
 
   uint64_t in, out, count;
@@ -91,11 +105,19 @@ struct Payload {
   TWOSHOT_DEVICE bool full(uint32_t line) const { return ALIGNED && line < lines && line != partial; }
 
   TWOSHOT_DEVICE void load_full_if(Line& line, uint32_t index, bool wanted) const {
-    ld_weak_v4_if(line, in + uint64_t{index} * TWOSHOT_LINE_BYTES, wanted);
+    if constexpr (T::kLineBytes == TWOSHOT_LINE_BYTES) {
+      ld_weak_v4_if(line, in + uint64_t{index} * TWOSHOT_LINE_BYTES, wanted);
+    } else {
+      ld_weak_v2_if(line, in + uint64_t{index} * TWOSHOT_HALF_BYTES, wanted);
+    }
   }
 
   TWOSHOT_DEVICE void store_full_if(uint32_t index, const Line& line, bool wanted) const {
-    st_weak_v4_if(out + uint64_t{index} * TWOSHOT_LINE_BYTES, line, wanted);
+    if constexpr (T::kLineBytes == TWOSHOT_LINE_BYTES) {
+      st_weak_v4_if(out + uint64_t{index} * TWOSHOT_LINE_BYTES, line, wanted);
+    } else {
+      st_weak_v2_if(out + uint64_t{index} * TWOSHOT_HALF_BYTES, open<T>(line), wanted);
+    }
   }
 
   TWOSHOT_DEVICE Line load_elements(uint32_t index) const {
@@ -105,8 +127,12 @@ TWOSHOT_UNROLL
     for (uint32_t e = 0; e < kPerLine; e++) {
       if (first + e >= count) continue;
       const uint64_t address = in + (first + e) * T::kBytes;
-      if (T::kBytes == 4) {
+      if constexpr (T::kBytes == 8) {
+        ld_weak_v2_if(line, address, true);
+      } else if constexpr (T::kBytes == 4) {
         line.word[e] = ld_weak_b32(address);
+      } else if constexpr (T::kBytes == 1) {
+        line.word[e / 4] |= ld_weak_b8(address) << (8 * (e % 4));
       } else {
         line.word[e / 2] |= ld_weak_b16(address) << (16 * (e % 2));
       }
@@ -114,14 +140,19 @@ TWOSHOT_UNROLL
     return line;
   }
 
-  TWOSHOT_DEVICE void store_elements(uint32_t index, const Line& line) const {
+  TWOSHOT_DEVICE void store_elements(uint32_t index, const Line& sealed) const {
+    const Line line = open<T>(sealed);
     const uint64_t first = uint64_t{index} * kPerLine;
 TWOSHOT_UNROLL
     for (uint32_t e = 0; e < kPerLine; e++) {
       if (first + e >= count) continue;
       const uint64_t address = out + (first + e) * T::kBytes;
-      if (T::kBytes == 4) {
+      if constexpr (T::kBytes == 8) {
+        st_weak_v2_if(address, line, true);
+      } else if constexpr (T::kBytes == 4) {
         st_weak_b32(address, line.word[e]);
+      } else if constexpr (T::kBytes == 1) {
+        st_weak_b8(address, line.word[e / 4] >> (8 * (e % 4)));
       } else {
         st_weak_b16(address, line.word[e / 2] >> (16 * (e % 2)));
       }
@@ -156,8 +187,9 @@ TWOSHOT_UNROLL
 };
 
 // The one place that decides between the two; it concerns this rank alone.
+template <typename T>
 TWOSHOT_DEVICE bool payload_aligned(const TwoshotArgs& args) {
-  return (args.in | args.out) % TWOSHOT_LINE_BYTES == 0;
+  return (args.in | args.out) % T::kLineBytes == 0;
 }
 
 }  // namespace twoshot

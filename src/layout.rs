@@ -8,6 +8,8 @@
 
 /// Bytes of one line, the granule of every store, poll and re-arm.
 pub const LINE: u64 = 16;
+/// Payload in a line where any bits may be a value, so that the line has to say more than they do.
+pub const HALF: u64 = 8;
 /// Lines between two slots or shards are a multiple of this: 128 bytes, one NVLink and L2 line.
 pub const LINES_ALIGN: u64 = 8;
 /// Stages that rotate with the epoch. Two would be correct (docs/protocol-model.md); the third is slack.
@@ -41,6 +43,33 @@ impl Algorithm {
     }
 }
 
+/// How much of a line is payload (`kernels/wire.cuh`).
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Packing {
+    /// All of it.
+    Full,
+    /// [`HALF`] of it.
+    Half,
+}
+
+impl Packing {
+    /// Bytes of the lines that carry so many bytes of payload: what limits and [`Shape`] are about.
+    pub fn carried(self, bytes: u64) -> Option<u64> {
+        match self {
+            Self::Full => Some(bytes),
+            Self::Half => bytes.div_ceil(HALF).checked_mul(LINE),
+        }
+    }
+
+    /// The largest payload that is carried in so many bytes.
+    pub fn payload(self, carried: u64) -> u64 {
+        match self {
+            Self::Full => carried,
+            Self::Half => carried / LINE * HALF,
+        }
+    }
+}
+
 /// Sizes of one communicator's windows.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Layout {
@@ -48,7 +77,7 @@ pub struct Layout {
     stage_bytes: u64,
 }
 
-/// How one payload lies in a stage.
+/// How one payload lies in a stage. Its bytes are those carried ([`Packing::carried`]).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Shape {
     /// Lines of the payload, the last one padded.
@@ -145,6 +174,18 @@ mod tests {
                 .map(|r| shape.lines.min((r + 1) * shape.stride).saturating_sub(r * shape.stride))
                 .sum();
             prop_assert_eq!(covered, shape.lines);
+        }
+    }
+
+    #[test]
+    fn a_half_filled_line_carries_eight_bytes() {
+        let carried = |bytes| Packing::Half.carried(bytes);
+        assert_eq!([0, 1, 8, 9].map(carried), [Some(0), Some(16), Some(16), Some(32)]);
+        assert_eq!(carried(u64::MAX), None);
+        assert_eq!(Packing::Full.carried(9), Some(9));
+        for limit in 0..100 {
+            let most = Packing::Half.payload(limit);
+            assert!(carried(most) <= Some(limit) && carried(most + 1) > Some(limit));
         }
     }
 

@@ -3,7 +3,7 @@
 //! Nothing that may differ between ranks enters here: no address, no placement, no clock, no local memory.
 #![forbid(unsafe_code)]
 
-use crate::call::{Call, DataType, ReduceOp};
+use crate::call::{Call, Class, DataType, ReduceOp};
 use crate::layout::{Algorithm, Layout, MAX_BLOCKS, MAX_THREADS};
 
 /// What the ranks of a ready communicator agreed on: the same value on every rank.
@@ -35,8 +35,6 @@ pub enum Reason {
     Operation,
     /// Above the cross-over, or outside the sizes the user allowed.
     Size,
-    /// The call is part of a group.
-    Group,
     /// The communicator is not set up yet.
     NotReady,
     /// The communicator was declined at set-up.
@@ -45,8 +43,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, in the order of the counters.
-    pub const ALL: [Self; 7] =
-        [Self::Empty, Self::Type, Self::Operation, Self::Size, Self::Group, Self::NotReady, Self::Declined];
+    pub const ALL: [Self; 6] = [Self::Empty, Self::Type, Self::Operation, Self::Size, Self::NotReady, Self::Declined];
 
     /// The word used in log lines and statistics.
     pub fn name(self) -> &'static str {
@@ -55,7 +52,6 @@ impl Reason {
             Self::Type => "type",
             Self::Operation => "operation",
             Self::Size => "size",
-            Self::Group => "group",
             Self::NotReady => "not-ready",
             Self::Declined => "declined",
         }
@@ -67,8 +63,12 @@ impl Reason {
 pub struct Plan {
     /// One-shot or two-shot.
     pub algorithm: Algorithm,
-    /// Element type; one of [`DataType::ROUTED`].
+    /// Which kernels.
+    pub class: Class,
+    /// Element type.
     pub dtype: DataType,
+    /// Reduction.
+    pub op: ReduceOp,
     /// Blocks of the launch.
     pub blocks: u32,
     /// Threads of a block.
@@ -89,16 +89,18 @@ pub fn decide(call: &Call, agreed: &Agreement) -> Route {
     if call.count == 0 {
         return Route::Stock(Reason::Empty);
     }
-    if call.dtype.kernel_index().is_none() {
-        return Route::Stock(Reason::Type);
-    }
-    if call.op != ReduceOp::SUM {
-        return Route::Stock(Reason::Operation);
-    }
-    let Some(bytes) = call.dtype.size().and_then(|size| size.checked_mul(call.count)) else {
+    let Some(class) = call.class() else {
+        return Route::Stock(if call.op.known() { Reason::Type } else { Reason::Operation });
+    };
+    let Some(payload) = call.dtype.size().and_then(|size| size.checked_mul(call.count)) else {
         return Route::Stock(Reason::Size);
     };
-    if bytes < agreed.min_bytes {
+    // The limits are about what the links carry: twice the payload where a line holds half as much. Nobody has measured
+    // the cross-overs of these types.
+    let Some(bytes) = class.packing().carried(payload) else {
+        return Route::Stock(Reason::Size);
+    };
+    if payload < agreed.min_bytes {
         return Route::Stock(Reason::Size);
     }
     let algorithm = if bytes <= agreed.oneshot_bytes {
@@ -112,7 +114,7 @@ pub fn decide(call: &Call, agreed: &Agreement) -> Route {
         return Route::Stock(Reason::Size);
     };
     let (blocks, threads) = grid(shape.work, agreed.blocks);
-    Route::Routed(Plan { algorithm, dtype: call.dtype, blocks, threads })
+    Route::Routed(Plan { algorithm, class, dtype: call.dtype, op: call.op, blocks, threads })
 }
 
 /// Blocks and threads for `work` lines under a budget: small work spreads over many multiprocessors in small
@@ -170,14 +172,50 @@ mod tests {
 
     #[test]
     fn types_and_operations_without_a_kernel_go_to_stock_even_when_unknown() {
-        for dtype in (-3..64).filter(|d| ![6, 7, 9].contains(d)) {
+        for dtype in (-3..64).filter(|d| !(0..12).contains(d)) {
             let call = Call { dtype: DataType(dtype), ..sum(1024) };
             assert_eq!(decide(&call, &agreed()), Route::Stock(Reason::Type));
         }
-        for op in (-3..64).filter(|op| *op != 0) {
+        for op in (-3..64).filter(|op| !(0..5).contains(op)) {
             let call = Call { op: ReduceOp(op), ..sum(1024) };
             assert_eq!(decide(&call, &agreed()), Route::Stock(Reason::Operation));
         }
+    }
+
+    #[test]
+    fn the_troubleshooting_page_explains_every_reason() {
+        let page = include_str!("../docs/troubleshooting.md");
+        for reason in Reason::ALL {
+            assert!(
+                page.contains(&format!("| `{}` | ", reason.name())),
+                "docs/troubleshooting.md lacks {}",
+                reason.name()
+            );
+        }
+    }
+
+    #[test]
+    fn every_type_and_operation_of_nccl_has_a_kernel_and_its_name_matches_the_type() {
+        for dtype in 0..12 {
+            for op in 0..5 {
+                let call = Call { count: 8, dtype: DataType(dtype), op: ReduceOp(op) };
+                let Route::Routed(plan) = decide(&call, &agreed()) else { panic!("{call:?} went to stock") };
+                let specialised = op == 0 && [6, 7, 9].contains(&dtype);
+                assert_eq!((plan.class.specialised(), plan.dtype, plan.op), (specialised, call.dtype, call.op));
+            }
+        }
+    }
+
+    #[test]
+    fn what_lines_carry_by_half_counts_twice_against_the_limits() {
+        let pick = |count| match decide(&Call { count, dtype: DataType::I8, op: ReduceOp::MAX }, &agreed()) {
+            Route::Routed(plan) => Ok(plan.algorithm),
+            Route::Stock(reason) => Err(reason),
+        };
+        assert_eq!(pick(32 << 10), Ok(Algorithm::OneShot));
+        assert_eq!(pick((32 << 10) + 1), Ok(Algorithm::TwoShot));
+        assert_eq!(pick(2 << 20), Ok(Algorithm::TwoShot));
+        assert_eq!(pick((2 << 20) + 1), Err(Reason::Size));
     }
 
     #[test]
@@ -198,8 +236,11 @@ mod tests {
         #[test]
         fn a_routed_payload_always_fits_its_stage(count in 0u64..1 << 24, one in 0u64..1 << 22, two in 0u64..1 << 24) {
             let agreed = Agreement { oneshot_bytes: one, twoshot_bytes: two, ..agreed() };
-            if let Route::Routed(plan) = decide(&sum(count), &agreed) {
-                prop_assert!(agreed.layout.fit(plan.algorithm, count * 2).is_some());
+            for call in [sum(count), Call { dtype: DataType::E4M3, ..sum(count) }] {
+                if let Route::Routed(plan) = decide(&call, &agreed) {
+                    let bytes = plan.class.packing().carried(count * call.dtype.size().unwrap()).unwrap();
+                    prop_assert!(agreed.layout.fit(plan.algorithm, bytes).is_some());
+                }
             }
         }
     }

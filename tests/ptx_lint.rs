@@ -17,7 +17,7 @@ use rules::{Finding, Rule, lint, lint_resources};
 
 const TARGETS: [&str; 2] = ["90", "100"];
 const ARCHITECTURES: [&str; 3] = ["90", "100", "103"];
-const KERNELS: usize = 48;
+const KERNELS: usize = 80;
 
 fn read(file: &str) -> String {
     let path = std::path::Path::new(env!("TWOSHOT_PTX_DIR")).join(file);
@@ -67,6 +67,11 @@ fn shipped_ptx_holds_every_kernel_once() {
             for ranks in ["2", "4", "8", "n"] {
                 expected.extend(["uc", "mc"].map(|door| format!("twoshot_{shape}_{kind}_{ranks}_{door}")));
             }
+        }
+    }
+    for shape in ["oneshot", "twoshot"] {
+        for class in ["f32op", "f16op", "bf16op", "i8", "i32", "i64", "f64", "fp8"] {
+            expected.extend(["uc", "mc"].map(|door| format!("twoshot_{shape}_{class}_n_{door}")));
         }
     }
     expected.sort();
@@ -157,6 +162,16 @@ fn flushed_fused_or_otherwise_rounded_sums_are_found() {
     plant(UC, "add.rn.f32", "add.rz.f32", Rule::Arithmetic);
     plant(UC, "add.rn.f32", "fma.rn.f32", Rule::Arithmetic);
     plant(MC, "cvt.rn.bf16x2.f32", "cvt.rz.bf16x2.f32", Rule::Arithmetic);
+}
+
+#[test]
+fn an_operation_of_the_launch_in_a_kernel_that_only_sums_is_found() {
+    plant(UC, "add.rn.f32", "mul.rn.f32", Rule::Arithmetic);
+    plant(UC, "add.rn.f32", "max.f32", Rule::Arithmetic);
+    let fp8 = "twoshot_oneshot_fp8_n_uc";
+    plant(fp8, "max.f32", "max.ftz.f32", Rule::Arithmetic);
+    plant(fp8, "div.rn.f32", "div.approx.f32", Rule::Arithmetic);
+    plant(fp8, "cvt.rn.satfinite.e4m3x2.f32", "cvt.rn.satfinite.relu.e4m3x2.f32", Rule::Arithmetic);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use super::api::{call, sys};
 use super::context::Context;
 use super::host::HostMemory;
 use super::stream::RawStream;
-use crate::call::DataType;
+use crate::call::Class;
 use crate::error::{Error, Result};
 use crate::layout::{self, Algorithm};
 use crate::route::Plan;
@@ -40,6 +40,7 @@ pub const SENTINEL: u32 = abi::TWOSHOT_SENTINEL;
 const _: () = {
     assert!(size_of::<TwoshotState>() as u64 <= layout::HEADER);
     assert!(abi::TWOSHOT_LINE_BYTES as u64 == layout::LINE);
+    assert!(abi::TWOSHOT_HALF_BYTES as u64 == layout::HALF);
     assert!(abi::TWOSHOT_STAGES as u64 == layout::STAGES);
     assert!(abi::TWOSHOT_HEADER_BYTES as u64 == layout::HEADER);
     assert!(abi::TWOSHOT_MAX_BLOCKS == layout::MAX_BLOCKS);
@@ -88,17 +89,16 @@ impl Module {
     pub fn kernels(self: &Arc<Self>, ranks: u32, multicast: bool) -> Result<Kernels> {
         let api = self.context.api();
         let _entered = self.context.enter()?;
-        let world = match ranks {
-            2 | 4 | 8 => ranks.to_string(),
+        let world = |class: Class| match ranks {
+            2 | 4 | 8 if class.specialised() => ranks.to_string(),
             _ => "n".to_owned(),
         };
         let wire = if multicast { "mc" } else { "uc" };
-        let mut functions = [[std::ptr::null_mut(); 3]; 2];
+        let mut functions = [[std::ptr::null_mut(); CLASSES]; 2];
         let mut resident = u32::MAX;
         for (row, algorithm) in functions.iter_mut().zip(Algorithm::ALL) {
-            for (function, dtype) in row.iter_mut().zip(DataType::ROUTED) {
-                let dtype = dtype.kernel_name().ok_or(Error::Bug("a routed type without a kernel"))?;
-                let name = format!("twoshot_{}_{dtype}_{world}_{wire}", algorithm.name());
+            for (function, class) in row.iter_mut().zip(Class::ALL) {
+                let name = format!("twoshot_{}_{}_{}_{wire}", algorithm.name(), class.name(), world(class));
                 let name = CString::new(name).map_err(|_| Error::Bug("a kernel name holds a zero byte"))?;
                 // SAFETY: valid out-pointer, live module, terminated name.
                 unsafe { call!(api, cuModuleGetFunction(function, self.raw, name.as_ptr())) }?;
@@ -128,10 +128,12 @@ impl Drop for Module {
     }
 }
 
-/// The six kernels of one communicator: algorithm by element type.
+const CLASSES: usize = Class::ALL.len();
+
+/// The kernels of one communicator: algorithm by class.
 pub struct Kernels {
     module: Arc<Module>,
-    functions: [[sys::CUfunction; 3]; 2],
+    functions: [[sys::CUfunction; CLASSES]; 2],
     resident_per_sm: u32,
 }
 
@@ -166,10 +168,9 @@ pub struct Launch<'a> {
 }
 
 impl Launch<'_> {
-    /// Queues the kernel. No allocation, no lock, no formatting.
+    /// Queues the kernel; operation and type are the plan's. No allocation, no lock, no formatting.
     pub fn on(&self, stream: RawStream, args: &Args) -> Result<()> {
-        let row = &self.kernels.functions[self.plan.algorithm as usize];
-        let column = self.plan.dtype.kernel_index().ok_or(Error::Bug("a plan for a type without a kernel"))?;
+        let function = self.kernels.functions[self.plan.algorithm as usize][self.plan.class as usize];
         // SAFETY: a plain structure for which zero is a value.
         let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
         attribute.id = sys::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION as i32;
@@ -186,9 +187,10 @@ impl Launch<'_> {
             attrs: &raw mut attribute,
             numAttrs: u32::from(self.dependent),
         };
-        let mut parameters = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        let args = Args { op: self.plan.op.0 as u32, type_: self.plan.dtype.0 as u32, ..*args };
+        let mut parameters = [std::ptr::from_ref(&args).cast_mut().cast::<c_void>()];
         let api = self.kernels.module.context.api();
-        let (function, no_extra) = (row[column], std::ptr::null_mut());
+        let no_extra = std::ptr::null_mut();
         // SAFETY: config, attribute and parameters outlive the call, which copies them; the kernel takes exactly one
         // `TwoshotArgs`. What the addresses in it point to is kept alive by the communicator and, for the buffers,
         // by NCCL's contract with our caller.

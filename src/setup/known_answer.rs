@@ -1,4 +1,4 @@
-//! The known-answer AllReduce: every kernel the communicator can ever pick, on data whose sum every rank can
+//! The known-answer AllReduce: every kernel the communicator can ever pick, on data whose result every rank can
 //! compute, compared bit for bit. A mapping that "succeeded" but leads nowhere is found here, before any call.
 #![forbid(unsafe_code)]
 
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use half::{bf16, f16};
 
-use crate::call::{Call, DataType, ReduceOp};
+use crate::call::{Call, Class, DataType, ReduceOp};
 use crate::driver::{Args, Context, Event, Kernels, Launch, RawStream, Scratch, Stream};
 use crate::error::{Error, Result};
 use crate::layout::Algorithm;
@@ -74,15 +74,16 @@ pub fn check(
 }
 
 /// A plan for this algorithm as the router would make it, for the largest count up to [`COUNT`] that fits.
-fn plan(algorithm: Algorithm, dtype: DataType, agreement: &Agreement) -> Option<(Plan, u64)> {
+fn plan(algorithm: Algorithm, class: Class, agreement: &Agreement) -> Option<(Plan, u64)> {
+    let (dtype, op) = sample(class);
     let size = dtype.size()?;
     let (oneshot_bytes, twoshot_bytes) = match algorithm {
         Algorithm::OneShot => (agreement.oneshot_bytes, 0),
         Algorithm::TwoShot => (0, agreement.twoshot_bytes),
     };
-    let count = COUNT.min(oneshot_bytes.max(twoshot_bytes) / size);
+    let count = COUNT.min(class.packing().payload(oneshot_bytes.max(twoshot_bytes)) / size);
     let forced = Agreement { oneshot_bytes, twoshot_bytes, min_bytes: 0, ..*agreement };
-    match decide(&Call { count, dtype, op: ReduceOp::SUM }, &forced) {
+    match decide(&Call { count, dtype, op }, &forced) {
         Route::Routed(plan) => Some((plan, count)),
         Route::Stock(_) => None,
     }
@@ -104,15 +105,16 @@ struct Bench {
 
 impl Bench {
     fn new(context: &Arc<Context>, args: Args) -> Result<Self> {
-        let (input, output) = (Scratch::new(context, COUNT * 4)?, Scratch::new(context, COUNT * 4)?);
+        let (input, output) = (Scratch::new(context, COUNT * 8)?, Scratch::new(context, COUNT * 8)?);
         Ok(Self { input, output, stream: Stream::new(context)?, args })
     }
 
     fn all(&self, workspace: &Workspace, kernels: &Kernels, agreement: &Agreement, budget: Budget) -> Result<()> {
         for round in 0..ROUNDS {
             for algorithm in Algorithm::ALL {
-                for dtype in DataType::ROUTED {
-                    let Some((plan, count)) = plan(algorithm, dtype, agreement) else { continue };
+                // The other classes share the specialised ones' stages: once is enough for their code.
+                for class in Class::ALL.into_iter().filter(|class| class.specialised() || round == 0) {
+                    let Some((plan, count)) = plan(algorithm, class, agreement) else { continue };
                     self.run(workspace, kernels, plan, count, round, budget)?;
                 }
             }
@@ -148,13 +150,34 @@ impl Bench {
         }
         let mut got = vec![0; mine.len()];
         self.output.read(0, &mut got, &self.stream)?;
-        let expected = payload(plan.dtype, count, |i| (0..self.args.ranks).map(|r| value(r, round, i)).sum());
+        let all = |i| (0..self.args.ranks).map(move |r| value(r, round, i));
+        let expected = payload(plan.dtype, count, |i| match plan.op {
+            ReduceOp::MAX => all(i).fold(f32::MIN, f32::max),
+            _ => all(i).sum(),
+        });
         if got == expected {
             return Ok(());
         }
         let at = got.iter().zip(&expected).position(|(got, expected)| got != expected).unwrap_or(0);
-        let name = plan.dtype.kernel_name().unwrap_or("?");
+        let name = plan.class.name();
         Err(Error::WrongAnswer(format!("{} {name}, byte {at} of {}", plan.algorithm.name(), got.len())))
+    }
+}
+
+/// What a class is tried with: its sum, or the largest value, which every type holds exactly.
+fn sample(class: Class) -> (DataType, ReduceOp) {
+    match class {
+        Class::F32 => (DataType::F32, ReduceOp::SUM),
+        Class::F16 => (DataType::F16, ReduceOp::SUM),
+        Class::Bf16 => (DataType::BF16, ReduceOp::SUM),
+        Class::F32Op => (DataType::F32, ReduceOp::MAX),
+        Class::F16Op => (DataType::F16, ReduceOp::MAX),
+        Class::Bf16Op => (DataType::BF16, ReduceOp::MAX),
+        Class::I8 => (DataType::I8, ReduceOp::MAX),
+        Class::I32 => (DataType::I32, ReduceOp::MAX),
+        Class::I64 => (DataType::I64, ReduceOp::MAX),
+        Class::F64 => (DataType::F64, ReduceOp::MAX),
+        Class::Fp8 => (DataType::E5M2, ReduceOp::MAX),
     }
 }
 
@@ -169,6 +192,12 @@ fn payload(dtype: DataType, count: u64, value: impl Fn(u64) -> f32) -> Vec<u8> {
     match dtype {
         DataType::BF16 => values.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
         DataType::F16 => values.flat_map(|x| f16::from_f32(x).to_le_bytes()).collect(),
+        DataType::I8 => values.flat_map(|x| (x as i8).to_le_bytes()).collect(),
+        DataType::I32 => values.flat_map(|x| (x as i32).to_le_bytes()).collect(),
+        DataType::I64 => values.flat_map(|x| (x as i64).to_le_bytes()).collect(),
+        DataType::F64 => values.flat_map(|x| f64::from(x).to_le_bytes()).collect(),
+        // The upper half of an f16. Cutting the lower one off keeps the order, so the largest stays the largest.
+        DataType::E5M2 => values.map(|x| f16::from_f32(x).to_le_bytes()[1]).collect(),
         _ => values.flat_map(f32::to_le_bytes).collect(),
     }
 }

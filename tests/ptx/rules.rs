@@ -47,7 +47,7 @@ pub fn lint(ptx: &str) -> Vec<Finding> {
             let mut report = |rule, text: &str| report(rule, instruction.line, text);
             multicast(&kernel, instruction, &taint, &mut report);
             atomics(instruction, &taint, &mut report);
-            arithmetic(instruction, &mut report);
+            arithmetic(&kernel, instruction, &mut report);
             accesses(instruction, &taint, &mut report);
         }
         boundary(&kernel, &mut report);
@@ -115,7 +115,34 @@ fn atomics(instruction: &Instruction, taint: &Taint, report: &mut dyn FnMut(Rule
     }
 }
 
-fn arithmetic(instruction: &Instruction, report: &mut dyn FnMut(Rule, &str)) {
+/// Float instructions of the kernels whose operation is a value of the launch, besides the sums' own.
+const RUNTIME: [&str; 14] = [
+    "mul.rn.f32",
+    "div.rn.f32",
+    "max.f32",
+    "min.f32",
+    "add.rn.f64",
+    "mul.rn.f64",
+    "div.rn.f64",
+    "max.f64",
+    "min.f64",
+    "cvt.rn.f16x2.e4m3x2",
+    "cvt.rn.satfinite.e4m3x2.f32",
+    "cvt.rn.satfinite.e5m2x2.f32",
+    // The number of ranks.
+    "cvt.rn.f32.u32",
+    "cvt.rn.f64.u32",
+];
+
+/// Whether a kernel only sums: its class is f32, f16 or bf16.
+fn only_sums(kernel: &Kernel) -> bool {
+    !matches!(kernel.name.split('_').nth(2), Some("f32op" | "f16op" | "bf16op" | "i8" | "i32" | "i64" | "f64" | "fp8"))
+}
+
+fn arithmetic(kernel: &Kernel, instruction: &Instruction, report: &mut dyn FnMut(Rule, &str)) {
+    if !only_sums(kernel) && RUNTIME.contains(&instruction.opcode.as_str()) {
+        return;
+    }
     let float = ["f16", "f16x2", "bf16", "bf16x2", "f32", "f64"].iter().any(|kind| instruction.has(kind));
     match instruction.base() {
         "setp" | "set" | "testp" | "slct" | "min" | "max" if float => report(Rule::Arithmetic, "a float compare"),
@@ -144,8 +171,9 @@ fn accesses(instruction: &Instruction, taint: &Taint, report: &mut dyn FnMut(Rul
     let Some(origins) = origins_of_address(instruction, taint) else { return };
     let opcode = instruction.opcode.as_str();
     let strong = |base: &str| opcode.starts_with(&format!("{base}.relaxed.sys.global."));
-    let ordinary =
-        |base: &str| [".b16", ".b32", ".v4.b32"].iter().any(|width| opcode == format!("{base}.global{width}"));
+    let ordinary = |base: &str| {
+        [".u8", ".b16", ".b32", ".v2.b32", ".v4.b32"].iter().any(|width| opcode == format!("{base}.global{width}"))
+    };
     let allowed = match origins {
         WINDOWS => strong("ld") || strong("st") || instruction.base() == "atom",
         CONTROL => strong("ld") || strong("st"),

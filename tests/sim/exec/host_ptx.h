@@ -4,6 +4,7 @@
 
 #include <time.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -28,6 +29,9 @@ bool preempt();            // maybe run others first; true: and tear this store
 unsigned tear_order();     // for preempt() == true, a number that permutes four words
 uint32_t half_of(float value);
 float float_of_half(uint32_t half);
+uint32_t half_of_e4m3(uint32_t byte);
+// With so many exponent bits, 4 (e4m3) or 5 (e5m2): to nearest even, too large becomes the largest finite value.
+uint32_t fp8_of(float value, unsigned exponent_bits);
 
 }  // namespace twoshot::sim
 
@@ -87,6 +91,19 @@ inline void st_relaxed_sys_v4_if(uint64_t address, const Line& line, bool wanted
 
 inline void ld_weak_v4_if(Line& line, uint64_t address, bool wanted) { ld_relaxed_sys_v4_if(line, address, wanted); }
 inline void st_weak_v4_if(uint64_t address, const Line& line, bool wanted) { st_relaxed_sys_v4_if(address, line, wanted); }
+
+inline void ld_weak_v2_if(Line& line, uint64_t address, bool wanted) {
+  for (unsigned w = 0; w < 2 && wanted; w++) line.word[w] = host_load(address + 4 * w);
+}
+
+inline void st_weak_v2_if(uint64_t address, const Line& line, bool wanted) {
+  for (unsigned w = 0; w < 2 && wanted; w++) host_store(address + 4 * w, line.word[w]);
+}
+
+inline uint32_t ld_weak_b8(uint64_t address) { return *host_pointer<uint8_t>(address); }
+inline void st_weak_b8(uint64_t address, uint32_t value) {
+  *host_pointer<uint8_t>(address) = static_cast<uint8_t>(value);
+}
 
 inline uint32_t ld_weak_b32(uint64_t address) { return *host_pointer<uint32_t>(address); }
 inline uint32_t ld_weak_b16(uint64_t address) { return *host_pointer<uint16_t>(address); }
@@ -165,5 +182,52 @@ inline uint32_t host_bf16(float value) {
 }
 
 inline uint32_t cvt_rn_bf16x2_f32(float low, float high) { return host_bf16(low) | host_bf16(high) << 16; }
+
+inline float host_canonical(float value) { return value != value ? mov_b32_f32(0x7FFFFFFFu) : value; }
+
+inline float mul_rn_f32(float a, float b) { return host_canonical(a * b); }
+inline float div_rn_f32(float a, float b) { return host_canonical(a / b); }
+
+inline double mov_b64_f64(uint32_t low, uint32_t high) {
+  const uint64_t bits = uint64_t{high} << 32 | low;
+  double value;
+  std::memcpy(&value, &bits, 8);
+  return value;
+}
+
+inline void mov_f64_b64(double value, uint32_t& low, uint32_t& high) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, 8);
+  low = static_cast<uint32_t>(bits);
+  high = static_cast<uint32_t>(bits >> 32);
+}
+
+inline double host_canonical(double value) { return value != value ? mov_b64_f64(0, 0x7FF80000u) : value; }
+inline double add_rn_f64(double a, double b) { return host_canonical(a + b); }
+inline double mul_rn_f64(double a, double b) { return host_canonical(a * b); }
+inline double div_rn_f64(double a, double b) { return host_canonical(a / b); }
+
+// Of two values one of which is a NaN the other; +0 is more than -0.
+template <typename F>
+inline F host_larger(F a, F b) {
+  if (a != a) return host_canonical(b);
+  if (b != b) return a;
+  if (a == b) return std::signbit(a) ? b : a;
+  return a > b ? a : b;
+}
+inline float max_f32(float a, float b) { return host_larger(a, b); }
+inline float min_f32(float a, float b) { return host_canonical(-host_larger(-a, -b)); }
+inline double max_f64(double a, double b) { return host_larger(a, b); }
+inline double min_f64(double a, double b) { return host_canonical(-host_larger(-a, -b)); }
+
+inline uint32_t cvt_rn_f16x2_e4m3x2(uint32_t bits) {
+  return sim::half_of_e4m3(bits & 0xFF) | sim::half_of_e4m3(bits >> 8 & 0xFF) << 16;
+}
+inline uint32_t cvt_rn_satfinite_e4m3x2_f32(float low, float high) {
+  return sim::fp8_of(low, 4) | sim::fp8_of(high, 4) << 8;
+}
+inline uint32_t cvt_rn_satfinite_e5m2x2_f32(float low, float high) {
+  return sim::fp8_of(low, 5) | sim::fp8_of(high, 5) << 8;
+}
 
 }  // namespace twoshot

@@ -1,7 +1,7 @@
 // sim_worker: options, lanes and threads, the summary. See worker.h and script.cc for what a script may say.
 //
 //   sim_worker --rank R --ranks N --device D --id FILE --program SCRIPT [--nccl PATH] [--threads T | --gpus G]
-//              [--devices a,b,..] [--exact 0|1] [--blocking 0|1] [--timeout SECONDS]
+//              [--devices a,b,..] [--exact 0|1|2] [--blocking 0|1] [--timeout SECONDS]
 //
 // SCRIPT is a file's name or the text itself. One JSON line for each command, one as summary; 0 only if all was right.
 #include <dlfcn.h>
@@ -214,7 +214,7 @@ int main(int argc, char** argv) {
     else if (key == "--program") program = value;
     else if (key == "--threads") options.lanes = atoi(value.c_str()), options.threads = true;
     else if (key == "--gpus") options.lanes = atoi(value.c_str());
-    else if (key == "--exact") options.exact = value != "0";
+    else if (key == "--exact") options.exact = atoi(value.c_str());
     else if (key == "--blocking") options.blocking = atoi(value.c_str());
     else if (key == "--timeout") options.timeout_s = atoi(value.c_str());
     else {

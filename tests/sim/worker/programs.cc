@@ -168,6 +168,9 @@ void Driver::capture(const Statement& s) {
     }
   }
   size_t turn = 0;
+  // `grouped`: all of them in one group.
+  bool grouped = s.number("grouped", 0) != 0;
+  if (grouped) accept(call::ncclGroupStart(), "ncclGroupStart");
   for (auto& round : rounds) {
     if (branches > 1) {
       for (Lane* lane : lanes) lane->stream = (origin + turn) % branches;
@@ -176,11 +179,12 @@ void Driver::capture(const Statement& s) {
     if (round.size() > 1) accept(call::ncclGroupStart(), "ncclGroupStart");
     for (Call& c : round) {
       ncclResult_t result = issue(c);
-      if (round.size() == 1) result = settle(c.member, result);
+      if (round.size() == 1 && !grouped) result = settle(c.member, result);
       accept(result, "captured collective");
     }
     if (round.size() > 1) accept(call::ncclGroupEnd(), "ncclGroupEnd");
   }
+  if (grouped) accept(call::ncclGroupEnd(), "ncclGroupEnd");
   for (Lane* lane : lanes) {
     lane->stream = origin;
     for (size_t i = 0; branches > 1 && i < branches; ++i) {

@@ -64,7 +64,7 @@ struct Expectation {
 Expectation reduce_reference(const Payload& payload, int type, int op, int ranks, size_t first, size_t count);
 
 // Number of wrong elements; `note` describes the first. NaN equals any NaN.
-size_t compare(const Expectation& expected, const uint8_t* got, int type, int op, int ranks, size_t count, bool exact,
+size_t compare(const Expectation& expected, const uint8_t* got, int type, int op, int ranks, size_t count, int exact,
                std::string* note);
 
 }  // namespace worker

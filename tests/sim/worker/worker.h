@@ -38,7 +38,7 @@ struct Options {
   std::string id;
   int lanes = 1;
   bool threads = false;  // lanes are threads, else one thread drives them all with groups
-  bool exact = true;
+  int exact = 1;  // 0: additions in any order; 1: sums bit for bit; 2: every operation bit for bit
   int blocking = -1;  // -1: ncclCommInitRank, else the config's field
   int timeout_s = 120;
 };
