@@ -17,20 +17,16 @@ mod world;
 
 use world::World;
 
-/// Runs a sample of a world's cells, or all of them where `TWOSHOT_SWEEP=full`;
-/// `TWOSHOT_SWEEP_SEED` takes another sample than CI's.
+/// Every call of every rank with every effect, at one of the call's uses; `TWOSHOT_SWEEP_SEED` takes other uses than
+/// CI's, and `TWOSHOT_SWEEP=full` takes them all.
 fn sweep(world: World) {
     let cells = sweep::all(world, &world.census());
-    let wanted = std::env::var("TWOSHOT_SWEEP").unwrap_or_default();
-    if wanted == "full" {
+    if std::env::var("TWOSHOT_SWEEP").is_ok_and(|wanted| wanted == "full") {
         return sweep::run(world, &cells);
     }
-    let chosen = std::env::var("TWOSHOT_SWEEP_SEED").ok().and_then(|seed| seed.parse().ok());
-    let seed: usize = chosen.unwrap_or(1);
-    eprintln!("{world:?}: a sample of {} cells, seed {seed}", cells.len());
-    // Every call of every rank with every effect: minutes a world, where CI's sample takes half a minute.
-    let chosen = if wanted == "ranks" { sweep::every_rank(&cells, seed) } else { sweep::sample(&cells, world, seed) };
-    sweep::run(world, &chosen);
+    let seed = std::env::var("TWOSHOT_SWEEP_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
+    eprintln!("{world:?}: one use of {} cells, seed {seed}", cells.len());
+    sweep::run(world, &sweep::every_rank(&cells, seed));
 }
 
 #[test]

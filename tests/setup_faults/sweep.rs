@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use crate::cell::{Cell, EFFECTS, Effect};
 use crate::world::{Uses, World};
 
-/// Jobs that run at the same time. Most of a job is start-up and waiting.
-const JOBS: usize = 3;
+/// Jobs that run at the same time. Most of a job is waiting.
+const JOBS: usize = 10;
 
 /// Calls whose failure leaves a rank without a driver: it cannot even tell its peers, and stock NCCL, which needs them
 /// as much, cannot run there either.
@@ -65,30 +65,6 @@ pub fn all(world: World, census: &[BTreeMap<String, Uses>]) -> Vec<Cell> {
         }
     }
     cells
-}
-
-/// A part in which every call meets half of the effects, the other half being the other world's, and every rank and
-/// every one of its uses some of them. `seed` turns the wheel.
-pub fn sample(cells: &[Cell], world: World, seed: usize) -> Vec<Cell> {
-    let mut by_call: BTreeMap<&str, Vec<&Cell>> = BTreeMap::new();
-    for cell in cells {
-        by_call.entry(&cell.call).or_default().push(cell);
-    }
-    let mut chosen = Vec::new();
-    for (turn, own) in by_call.values().enumerate() {
-        let uses: Vec<u64> = own.iter().map(|cell| cell.nth).collect::<BTreeSet<_>>().into_iter().collect();
-        let callers: Vec<usize> = own.iter().map(|cell| cell.rank).collect::<BTreeSet<_>>().into_iter().collect();
-        let half = (turn + seed + world as usize) % 2;
-        for (at, effect) in EFFECTS.iter().skip(half).step_by(2).enumerate() {
-            let (rank, nth) = (callers[(at + turn + seed) % callers.len()], uses[(at + seed) % uses.len()]);
-            let found = own.iter().find(|cell| (cell.rank, cell.nth, cell.effect) == (rank, nth, *effect));
-            // Ranks use some calls unequally often, and not every use meets every effect.
-            let found = found.or_else(|| own.iter().find(|cell| cell.rank == rank && cell.effect == *effect));
-            let found = found.or_else(|| own.iter().find(|cell| cell.effect == *effect));
-            chosen.extend(found.map(|cell| (*cell).clone()));
-        }
-    }
-    chosen
 }
 
 /// A part in which every call of every rank meets every effect once. `seed` turns the wheel of which use is failed.
