@@ -1,5 +1,5 @@
 //! Build script: the kernels become one fat binary, the C headers become Rust types.
-//! It reads `kernels/` and `include/`, and writes only under `OUT_DIR`.
+//! It reads `kernels/` and `include/`, and writes under `OUT_DIR` and `<target>/kernels`.
 
 #[path = "build/abi.rs"]
 mod abi;

@@ -16,39 +16,59 @@ const EMBEDDED_PTX: &str = "100";
 
 pub fn compile(root: &Path, out: &Path) -> Result<(), String> {
     let nvcc = toolchain::nvcc(root)?;
-    let archive = out.join("ptx");
-    fs::create_dir_all(&archive).map_err(|error| format!("{}: {error}", archive.display()))?;
-    println!("cargo::rustc-env=TWOSHOT_PTX_DIR={}", archive.display());
-
-    // A header of the C ABI or this script changes more often than a kernel, and the compilers take a minute.
-    let stamp = out.join("kernels.stamp");
-    let inputs = digest(root, &nvcc)?;
-    if out.join("kernels.fatbin").is_file() && fs::read_to_string(&stamp).is_ok_and(|old| old == inputs) {
-        return Ok(());
+    // The compilers take minutes, and cargo gives every profile a folder of its own: the outputs are kept by their
+    // inputs' digest beside the profiles.
+    let kept = beside_profiles(out).join("kernels").join(digest(root, &nvcc)?);
+    if !kept.join(IMAGE).is_file() {
+        let fresh = out.join("kernels");
+        let _ = fs::remove_dir_all(&fresh);
+        fs::create_dir_all(&fresh).map_err(|error| format!("{}: {error}", fresh.display()))?;
+        build(root, &nvcc, &fresh)?;
+        publish(&fresh, &kept)?;
     }
+    println!("cargo::rustc-env=TWOSHOT_PTX_DIR={}", kept.display());
+    let image = out.join(IMAGE);
+    fs::copy(kept.join(IMAGE), &image).map_err(|error| format!("{}: {error}", image.display()))?;
+    Ok(())
+}
 
+const IMAGE: &str = "kernels.fatbin";
+
+/// The target folder: OUT_DIR is `<target>/[<triple>/]<profile>/build/<package>/out`.
+fn beside_profiles(out: &Path) -> &Path {
+    out.ancestors().nth(4).unwrap_or(out)
+}
+
+/// Whole or not at all: another profile's build may be at the same.
+fn publish(fresh: &Path, kept: &Path) -> Result<(), String> {
+    let parent = kept.parent().unwrap_or(kept);
+    fs::create_dir_all(parent).map_err(|error| format!("{}: {error}", parent.display()))?;
+    match fs::rename(fresh, kept) {
+        Err(_) if kept.join(IMAGE).is_file() => Ok(()),
+        Err(error) => Err(format!("{}: {error}", kept.display())),
+        Ok(()) => Ok(()),
+    }
+}
+
+fn build(root: &Path, nvcc: &Path, archive: &Path) -> Result<(), String> {
     thread::scope(|scope| {
         let jobs: Vec<_> = TARGETS
             .iter()
-            .map(|(target, architectures)| {
-                let (nvcc, archive) = (&nvcc, &archive);
-                scope.spawn(move || one_target(nvcc, root, archive, target, architectures))
-            })
+            .map(|(target, architectures)| scope.spawn(move || one_target(nvcc, root, archive, target, architectures)))
             .collect();
         jobs.into_iter().try_for_each(|job| job.join().unwrap_or_else(|_| Err("a compile thread panicked".into())))
     })?;
 
-    let mut fatbinary = Command::new(beside(&nvcc, "fatbinary"));
-    fatbinary.arg("-64");
-    fatbinary.arg(format!("--create={}", out.join("kernels.fatbin").display()));
+    let mut fatbinary = Command::new(beside(nvcc, "fatbinary"));
+    fatbinary.args(["-64", "--compress-all"]);
+    fatbinary.arg(format!("--create={}", archive.join(IMAGE).display()));
     for arch in TARGETS.iter().flat_map(|(_, architectures)| *architectures) {
-        let file = file(&archive, "cubin", arch);
+        let file = file(archive, "cubin", arch);
         fatbinary.arg(format!("--image3=kind=elf,sm={arch},file={}", file.display()));
     }
-    let file = file(&archive, "ptx", EMBEDDED_PTX);
+    let file = file(archive, "ptx", EMBEDDED_PTX);
     fatbinary.arg(format!("--image3=kind=ptx,sm={EMBEDDED_PTX},file={}", file.display()));
-    run(&mut fatbinary)?;
-    fs::write(&stamp, inputs).map_err(|error| format!("{}: {error}", stamp.display()))
+    run(&mut fatbinary).map(|_| ())
 }
 
 /// What the outputs depend on: the kernel sources, this file's commands, the compiler.

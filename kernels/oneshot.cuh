@@ -1,5 +1,10 @@
-// One-shot AllReduce: every rank pushes all its lines to all peers and sums everything itself. One trip over the
+// One-shot AllReduce: every rank pushes all its lines to all peers and folds everything itself. One trip over the
 // links; the right shape while latency, not bandwidth, is the cost. Protocol: lamport.cuh.
+//
+// A thread that has many lines pushes kAhead batches ahead of the one it polls, so that the links carry later lines
+// while earlier ones are folded, stored and re-armed. That cannot hang, whatever the grids of the ranks: a thread takes
+// its lines in ascending order and has pushed all up to the one it waits for, so it waits for a thread that waits for a
+// lower line, and so on down to one that waits for nobody.
 #pragma once
 
 #include "folds.cuh"
@@ -9,69 +14,145 @@
 namespace twoshot {
 
 template <typename T, int N, bool MC, bool ALIGNED>
-TWOSHOT_DEVICE void oneshot_body(const TwoshotArgs& args) {
+struct OneShot {
   using Ranks = Team<N, ALIGNED, T::kMostTogether>;
-  constexpr uint32_t kChunk = Ranks::kChunk;
-  const Ranks team(args);
-  const Payload<T, ALIGNED> payload(args);
-  const uint32_t slot = round_to_slot(payload.lines);
-  const uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
-  const uint32_t step = gridDim.x * blockDim.x;
+  static constexpr uint32_t kChunk = Ranks::kChunk;
+  // Lines that a thread has in flight together when it has several. With more ranks a line is several loads anyway.
+  static constexpr uint32_t kBatch = ALIGNED && N == 2 ? 2 : 1;
+  static constexpr uint32_t kAhead = 2;
 
-  griddepcontrol_wait_then_launch_dependents();
+  const TwoshotArgs& args;
+  const Ranks team;
+  const Payload<T, ALIGNED> payload;
+  const uint32_t slot, first, step;
 
-  // Push. The first line and the epoch are fetched together; the line stays in registers, for mostly it is the only one.
-  Line own = payload.begin_load(first);
-  const uint32_t epoch = epoch_read(args);
-  payload.finish_load(own, first);
-  own = seal<T>(own);
-  const uint64_t stage = stage_offset(args, epoch);
-  publish<MC>(args, team, stage + line_offset(team.rank * slot + first), own, first < payload.lines);
-TWOSHOT_UNROLL_BY(1)
-  for (uint32_t i = first + step; i < payload.lines; i += step) {
-    const Line line = seal<T>(payload.load(i));
-    publish<MC>(args, team, stage + line_offset(team.rank * slot + i), line, true);
+  explicit TWOSHOT_DEVICE OneShot(const TwoshotArgs& args)
+      : args(args),
+        team(args),
+        payload(args),
+        slot(round_to_slot(payload.lines)),
+        first(blockIdx.x * blockDim.x + threadIdx.x),
+        step(gridDim.x * blockDim.x) {}
+
+  // Whether the line of rank r comes by way of the stage. The own one does only over multicast.
+  TWOSHOT_DEVICE bool travels(uint32_t r) const { return r < team.size() && (MC || r != team.rank); }
+
+  template <uint32_t U>
+  TWOSHOT_DEVICE void begin_load(Line (&line)[U], uint32_t i) const {
+TWOSHOT_UNROLL
+    for (uint32_t u = 0; u < U; u++) line[u] = payload.begin_load(i + u * step);
   }
 
-  Watch watch(args, TWOSHOT_KERNEL_ONESHOT, epoch);
-  epoch_advance(args, epoch);
+  template <uint32_t U>
+  TWOSHOT_DEVICE void finish_load(Line (&line)[U], uint32_t i) const {
+TWOSHOT_UNROLL
+    for (uint32_t u = 0; u < U; u++) {
+      payload.finish_load(line[u], i + u * step);
+      line[u] = seal<T>(line[u]);
+    }
+  }
 
-  const uint64_t mine = window(args, team.rank) + stage;
-TWOSHOT_UNROLL_BY(1)
-  for (uint32_t i = first; i < payload.lines; i += step) {
-    if (i != first) own = seal<T>(payload.load(i));
-    const auto address = [&](uint32_t r) { return mine + line_offset(r * slot + i); };
-    const auto polled = [&](uint32_t r) { return r < team.size() && (MC || r != team.rank); };
+  template <uint32_t U>
+  TWOSHOT_DEVICE void push(const Line (&line)[U], uint64_t stage, uint32_t i) const {
+TWOSHOT_UNROLL
+    for (uint32_t u = 0; u < U; u++) {
+      const uint32_t index = i + u * step;
+      publish<MC>(args, team, stage + line_offset(team.rank * slot + index), line[u], index < payload.lines);
+    }
+  }
 
-    typename T::Fold sum;
-    if constexpr (!Ranks::kWhole) sum.clear();
+  // Folds lines i, i + step, ... of all ranks and stores the results.
+  template <uint32_t U>
+  TWOSHOT_DEVICE bool fold(Watch& watch, const Line (&own)[U], uint64_t stage, uint32_t i) const {
+    const uint64_t mine = window(args, team.rank) + stage;
+    const auto address = [&](uint32_t r, uint32_t index) { return mine + line_offset(r * slot + index); };
+    typename T::Fold sum[U];
+    if constexpr (!Ranks::kWhole) {
+TWOSHOT_UNROLL
+      for (uint32_t u = 0; u < U; u++) sum[u].clear();
+    }
 TWOSHOT_UNROLL_BY(Ranks::kUnroll)
     for (uint32_t base = 0; base < team.size(); base += kChunk) {
-      Line line[kChunk];
-      bool wanted[kChunk];
+      Line line[U * kChunk];
+      bool wanted[U * kChunk];
 TWOSHOT_UNROLL
-      for (uint32_t k = 0; k < kChunk; k++) {
-        line[k] = own;
-        wanted[k] = polled(base + k);
+      for (uint32_t k = 0; k < U * kChunk; k++) {
+        line[k] = own[k / kChunk];
+        wanted[k] = travels(base + k % kChunk) && i + k / kChunk * step < payload.lines;
       }
       const bool arrived = poll(
-          watch, wanted, line, [&](uint32_t k) { return address(base + k); },
-          [&](uint32_t k) { return Missing{base + k, TWOSHOT_PHASE_SCATTER, i}; });
-      if (!arrived) return;
+          watch, wanted, line, [&](uint32_t k) { return address(base + k % kChunk, i + k / kChunk * step); },
+          [&](uint32_t k) { return Missing{base + k % kChunk, TWOSHOT_PHASE_SCATTER, i + k / kChunk * step}; });
+      if (!arrived) return false;
 TWOSHOT_UNROLL
-      for (uint32_t k = 0; k < kChunk; k++) {
-        if (Ranks::kWhole && k == 0) {
-          sum.start(line[k], args);
-        } else if (base + k < team.size()) {
-          sum.add(line[k], args, base + k);
+      for (uint32_t k = 0; k < U * kChunk; k++) {
+        if (Ranks::kWhole && k % kChunk == 0) {
+          sum[k / kChunk].start(line[k], args);
+        } else if (base + k % kChunk < team.size()) {
+          sum[k / kChunk].add(line[k], args, base + k % kChunk);
         }
       }
     }
-    payload.store(i, sum.round(args));
+TWOSHOT_UNROLL
+    for (uint32_t u = 0; u < U; u++) {
+      const uint32_t index = i + u * step;
+      if (index < payload.lines) payload.store(index, sum[u].round(args));
 TWOSHOT_UNROLL_BY(Ranks::kUnroll)
-    for (uint32_t r = 0; r < team.size(); r++) rearm_if(address(r), polled(r));
+      for (uint32_t r = 0; r < team.size(); r++) rearm_if(address(r, index), travels(r) && index < payload.lines);
+    }
+    return true;
   }
-  watch.finish(TWOSHOT_PHASE_SCATTER);
+
+  template <uint32_t U>
+  TWOSHOT_DEVICE void run() const {
+    griddepcontrol_wait_then_launch_dependents();
+
+    // The first batch and the epoch are fetched together; the batch stays in registers, for mostly it is the only one.
+    Line own[U];
+    begin_load(own, first);
+    const uint32_t epoch = epoch_read(args);
+    finish_load(own, first);
+    const uint64_t stage = stage_offset(args, epoch);
+    push(own, stage, first);
+
+    uint32_t ahead = first + U * step;
+    const auto push_next = [&] {
+      if (ahead >= payload.lines) return;
+      Line line[U];
+      begin_load(line, ahead);
+      finish_load(line, ahead);
+      push(line, stage, ahead);
+      ahead += U * step;
+    };
+TWOSHOT_UNROLL_BY(1)
+    for (uint32_t d = 1; d < kAhead; d++) push_next();
+
+    Watch watch(args, TWOSHOT_KERNEL_ONESHOT, epoch);
+    epoch_advance(args, epoch);
+
+TWOSHOT_UNROLL_BY(1)
+    for (uint32_t i = first; i < payload.lines; i += U * step) {
+      push_next();
+      if (i != first) {
+        begin_load(own, i);
+        finish_load(own, i);
+      }
+      if (!fold(watch, own, stage, i)) return;
+    }
+    watch.finish(TWOSHOT_PHASE_SCATTER);
+  }
+};
+
+template <typename T, int N, bool MC, bool ALIGNED>
+TWOSHOT_DEVICE void oneshot_body(const TwoshotArgs& args) {
+  using Kernel = OneShot<T, N, MC, ALIGNED>;
+  const Kernel kernel(args);
+  // One line per thread is the case that counts microseconds: it does not pay for batches.
+  if (Kernel::kBatch > 1 && kernel.payload.lines > kernel.step) {
+    kernel.template run<Kernel::kBatch>();
+  } else {
+    kernel.template run<1>();
+  }
 }
 
 template <typename T, int N, bool MC>

@@ -43,9 +43,10 @@ def tree(built, into, cc, strip):
             subprocess.run([*shlex.split(strip), target], check=True)
     (into / "empty.c").write_text("")
     for name in NAMES:
-        # libtwoshot.so stands here without a path, so that what is written down is a name for $ORIGIN to answer.
+        # libtwoshot.so stands here without a path, so that what is written down is a name for $ORIGIN to answer; by the
+        # old tag, which LD_LIBRARY_PATH does not override.
         link = ["-shared", "-nostdlib", "-o", name, "../empty.c", f"-Wl,-soname,{name}"]
-        link += ["-Wl,-rpath,$ORIGIN", "-Wl,--enable-new-dtags", "-Wl,-z,nodelete", "-Wl,--no-as-needed"]
+        link += ["-Wl,-rpath,$ORIGIN", "-Wl,--disable-new-dtags", "-Wl,-z,nodelete", "-Wl,--no-as-needed"]
         link.append("libtwoshot.so")
         subprocess.run([*shlex.split(cc), *link], check=True, cwd=into / "lib")
         (into / "lib" / name).chmod(0o755)

@@ -10,9 +10,9 @@ use common::{Door, Job, Report};
 use serde_json::Value;
 use twoshot_sim::Topology;
 
-/// Three calls of one-shot, two of two-shot, one too large, one of another type.
-const CALLS: &str = "allreduce count=100 reps=3; allreduce count=10000 reps=2; allreduce count=100000; \
-                     allreduce count=10 dtype=i32";
+/// Three calls of one-shot, two of two-shot, one empty, one too large.
+const CALLS: &str = "allreduce count=100 reps=3; allreduce count=10000 reps=2; allreduce count=0; \
+                     allreduce count=100000";
 
 fn job(program: &str) -> Job {
     Job::new(Topology::one_host(2), program)
@@ -36,7 +36,7 @@ fn ways(value: &Value) -> Vec<String> {
     .collect()
 }
 
-const WAYS: [&str; 4] = ["oneshot 3 1200", "twoshot 2 80000", "stock type 1 40", "stock size 1 400000"];
+const WAYS: [&str; 4] = ["oneshot 3 1200", "twoshot 2 80000", "stock empty 1 0", "stock size 1 400000"];
 
 fn read(path: &Path) -> Value {
     let text = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));

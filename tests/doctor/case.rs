@@ -253,7 +253,7 @@ fn normal(text: &str, session: &Session, process: Option<u32>) -> String {
     let foreign =
         |line: &&str| ["/usr/", "/.venv/"].iter().any(|place| line.contains(place)) && line.contains("libnccl");
     let some = text.lines().any(|line| foreign(&line));
-    let kept = text.lines().filter(|line| !foreign(line) && !(some && line.contains("the first is what")));
+    let kept = text.lines().filter(|line| !(foreign(line) || some && line.contains("the first is what")));
     kept.map(|line| machine(line) + "\n").collect()
 }
 
