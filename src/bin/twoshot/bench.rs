@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
+use crate::element::{Dtype, Op};
 use crate::launch::{Place, Ranks};
 use crate::nccl::Nccl;
-use crate::payload::Dtype;
 use crate::protocol::{Message, Plan, RankFacts, RankRow, Task};
 use crate::report::{FORMAT, Record, Row, format_row, head, now};
 use crate::{cuda, library, sizes};
@@ -30,9 +30,12 @@ pub struct Bench {
     /// libtwoshot.so [default: $TWOSHOT_LIBRARY, else the one installed with this program]
     #[arg(long, value_name = "PATH")]
     library: Option<PathBuf>,
-    /// Element types
-    #[arg(long, value_delimiter = ',', default_value = "bf16")]
-    dtype: Vec<Dtype>,
+    /// Element types: bf16 f16 f32 f64 e4m3 e5m2 i8 u8 i32 u32 i64 u64, or all
+    #[arg(long, value_parser = named::<Dtype>, value_delimiter = ',', default_value = "bf16")]
+    dtype: Vec<Named<Dtype>>,
+    /// Reductions: sum prod max min avg, or all
+    #[arg(long, value_parser = named::<Op>, value_delimiter = ',', default_value = "sum")]
+    op: Vec<Named<Op>>,
     /// Smallest size
     #[arg(long, value_parser = sizes::parse, default_value = "8")]
     min: u64,
@@ -83,6 +86,21 @@ pub struct Bench {
     places: Option<PathBuf>,
 }
 
+/// What one word of a list stands for.
+#[derive(Clone, Debug)]
+struct Named<T>(Vec<T>);
+
+fn named<T: ValueEnum>(word: &str) -> Result<Named<T>, String> {
+    if word.eq_ignore_ascii_case("all") {
+        return Ok(Named(T::value_variants().to_vec()));
+    }
+    T::from_str(word, true).map(|one| Named(vec![one])).map_err(|_| format!("`{word}` is none of them"))
+}
+
+fn flat<T: Clone>(words: &[Named<T>]) -> Vec<T> {
+    words.iter().flat_map(|word| word.0.clone()).collect()
+}
+
 /// One entry of `--places`.
 #[derive(Debug, Default, Deserialize)]
 struct Given {
@@ -130,7 +148,8 @@ impl Bench {
                 twoshot::handoff::random().map_err(|e| e.to_string())?[..8].try_into().unwrap_or_default(),
             ),
         };
-        Ok(Plan { sizes, dtypes: self.dtype.clone(), repetitions, calls, checks: self.checks.max(1), seed })
+        let (dtypes, ops) = (flat(&self.dtype), flat(&self.op));
+        Ok(Plan { sizes, dtypes, ops, repetitions, calls, checks: self.checks.max(1), seed })
     }
 
     /// Where the ranks run.
@@ -401,6 +420,16 @@ mod tests {
         assert_eq!(parsed("--max 32").plan().unwrap().sizes, [8, 16, 32]);
         assert!(parsed("--min 64 --max 32").plan().is_err());
         assert!(parsed("--sizes 0").plan().is_err());
+    }
+
+    #[test]
+    fn all_means_every_type_and_every_operation() {
+        let plan = parsed("--dtype all --op all").plan().unwrap();
+        assert_eq!(plan.reductions().len(), 60);
+        let plan = parsed("--dtype f32,e4m3 --op max").plan().unwrap();
+        assert_eq!((plan.dtypes, plan.ops), (vec![Dtype::F32, Dtype::E4m3], vec![Op::Max]));
+        assert_eq!(parsed("").plan().unwrap().reductions().len(), 1);
+        assert!(named::<Dtype>("f31").is_err());
     }
 
     #[test]

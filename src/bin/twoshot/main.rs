@@ -8,6 +8,7 @@
 mod bench;
 mod cuda;
 mod doctor;
+mod element;
 mod launch;
 mod library;
 mod nccl;

@@ -1,77 +1,8 @@
 //! What the ranks send and what must come back: every element is a function of (seed, rank, index), so each rank can
-//! compute the sum of all ranks without asking anybody.
+//! compute the result without asking anybody.
 #![forbid(unsafe_code)]
 
-use half::{bf16, f16};
-use serde::{Deserialize, Serialize};
-
-/// Element types that bench measures.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// bfloat16
-    Bf16,
-    /// IEEE half precision
-    F16,
-    /// IEEE single precision
-    F32,
-}
-
-impl Dtype {
-    /// Bytes of an element.
-    pub fn size(self) -> usize {
-        match self {
-            Self::Bf16 | Self::F16 => 2,
-            Self::F32 => 4,
-        }
-    }
-
-    /// `ncclDataType_t`.
-    pub fn nccl(self) -> i32 {
-        match self {
-            Self::F16 => 6,
-            Self::F32 => 7,
-            Self::Bf16 => 9,
-        }
-    }
-
-    /// The word in tables and records.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Bf16 => "bf16",
-            Self::F16 => "f16",
-            Self::F32 => "f32",
-        }
-    }
-
-    fn value(self, bits: u32) -> f32 {
-        match self {
-            Self::Bf16 => bf16::from_bits(bits as u16).to_f32(),
-            Self::F16 => f16::from_bits(bits as u16).to_f32(),
-            Self::F32 => f32::from_bits(bits),
-        }
-    }
-
-    /// Rounds once; every NaN becomes the one that the GPU makes.
-    fn bits(self, value: f32) -> u32 {
-        match self {
-            Self::F32 if value.is_nan() => 0x7fff_ffff,
-            Self::Bf16 | Self::F16 if value.is_nan() => 0x7fff,
-            Self::Bf16 => u32::from(bf16::from_f32(value).to_bits()),
-            Self::F16 => u32::from(f16::from_f32(value).to_bits()),
-            Self::F32 => value.to_bits(),
-        }
-    }
-
-    /// Half the distance between neighbours, relative.
-    fn epsilon(self) -> f64 {
-        match self {
-            Self::Bf16 => 1.0 / 256.0,
-            Self::F16 => 1.0 / 2048.0,
-            Self::F32 => 1.0 / 16_777_216.0,
-        }
-    }
-}
+use crate::element::{Op, Reduction, fold};
 
 /// What kind of numbers.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -86,8 +17,8 @@ pub enum Kind {
 /// One call's payload on all ranks.
 #[derive(Clone, Copy, Debug)]
 pub struct Payload {
-    /// Element type.
-    pub dtype: Dtype,
+    /// Element type and operation.
+    pub what: Reduction,
     /// Kind of numbers.
     pub kind: Kind,
     /// Differs from call to call.
@@ -117,75 +48,83 @@ pub fn checked_ranges(count: u64, limit: u64, seed: u64) -> Vec<std::ops::Range<
 
 impl Payload {
     /// The bits of one element of one rank.
-    fn element(&self, rank: u32, index: u64) -> u32 {
+    fn element(&self, rank: u32, index: u64) -> u64 {
+        let dtype = self.what.dtype;
         let random =
             mix(mix(self.seed ^ (u64::from(rank) << 48)).wrapping_add(index.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
-        match self.kind {
-            Kind::Bits => random as u32 & if self.dtype == Dtype::F32 { u32::MAX } else { 0xffff },
-            Kind::Numbers => match random >> 56 {
-                0 => self.dtype.bits(0.0),
-                1 => self.dtype.bits(-0.0),
-                // The smallest subnormals.
-                2 => 1 + (random as u32 & 3),
-                _ => {
-                    let unit = (random & 0xff_ffff) as f32 / 8_388_608.0 - 1.0;
-                    self.dtype.bits(unit * if random >> 55 & 1 == 0 { 2.0 } else { 0.125 })
-                }
-            },
+        if self.kind == Kind::Bits || dtype.is_integer() {
+            return random & dtype.mask();
+        }
+        let unit = (random & 0xff_ffff) as f64 / 8_388_608.0 - 1.0;
+        match random >> 56 {
+            0 => dtype.bits(0.0),
+            1 => dtype.bits(-0.0),
+            // A product of many numbers stays near 1 if they are below and above it in turn.
+            _ if self.what.op == Op::Prod => {
+                let magnitude = if rank % 2 == 0 { 1.5 + unit / 2.0 } else { 0.75 + unit / 4.0 };
+                dtype.bits(magnitude.copysign(if random >> 55 & 1 == 0 { 1.0 } else { -1.0 }))
+            }
+            // The smallest subnormals.
+            2 => 1 + (random & 3),
+            _ => dtype.bits(unit * if random >> 55 & 1 == 0 { 2.0 } else { 0.125 }),
         }
     }
 
     /// A rank's elements of a range, as bytes of the device.
     pub fn fill(&self, rank: u32, first: u64, bytes: &mut [u8]) {
-        match self.dtype.size() {
-            2 => {
-                for (i, chunk) in bytes.chunks_exact_mut(2).enumerate() {
-                    chunk.copy_from_slice(&(self.element(rank, first + i as u64) as u16).to_le_bytes());
-                }
-            }
-            _ => {
-                for (i, chunk) in bytes.chunks_exact_mut(4).enumerate() {
-                    chunk.copy_from_slice(&self.element(rank, first + i as u64).to_le_bytes());
-                }
-            }
+        let size = self.what.size();
+        for (i, chunk) in bytes.chunks_exact_mut(size).enumerate() {
+            chunk.copy_from_slice(&self.element(rank, first + i as u64).to_le_bytes()[..size]);
         }
     }
 
-    /// The sum over all ranks in rank order, accumulated in f32 and rounded once; and the sum of absolute values.
-    fn expected(&self, ranks: u32, index: u64) -> (u32, f64) {
-        let first = self.dtype.value(self.element(0, index));
-        let (mut sum, mut magnitude) = (first, f64::from(first.abs()));
-        for rank in 1..ranks {
-            let value = self.dtype.value(self.element(rank, index));
-            sum += value;
-            magnitude += f64::from(value.abs());
+    /// The result of all ranks, and the sum of their absolute values.
+    fn expected(&self, elements: &mut [u64], index: u64) -> (u64, f64) {
+        let mut magnitude = 0.0;
+        for (rank, element) in (0..).zip(elements.iter_mut()) {
+            *element = self.element(rank, index);
+            magnitude += self.what.dtype.value(*element).abs();
         }
-        (self.dtype.bits(sum), magnitude)
+        (fold(self.what, elements), magnitude)
+    }
+
+    /// How far another order of the operations, with a rounding at each, may lead away.
+    fn tolerance(&self, ranks: u32, expected: f64, magnitude: f64) -> f64 {
+        let dtype = self.what.dtype;
+        let after = |roundings: u32| (dtype.epsilon().ln_1p() * f64::from(roundings)).exp_m1();
+        let relative = match self.what.op {
+            Op::Sum => magnitude * after(ranks),
+            Op::Prod => expected.abs() * after(ranks),
+            // Stock NCCL multiplies by 1/ranks, which is rounded too, before or behind the sum.
+            Op::Avg => magnitude / f64::from(ranks) * after(ranks + 3),
+            Op::Max | Op::Min => 0.0,
+        };
+        // A subnormal may be rounded up to a whole step of the smallest number, at every operation.
+        relative + 2.0 * f64::from(ranks) * dtype.smallest()
     }
 
     /// Counts wrong elements among `got`, which begins at element `first`, and describes the first of them.
-    /// `exact` compares bits; else any order of additions with a rounding at each is accepted.
+    /// `exact` compares bits (a NaN outside the specialised sums may be any NaN); else the order is free.
     pub fn wrong(&self, ranks: u32, first: u64, got: &[u8], exact: bool) -> (u64, Option<String>) {
+        let dtype = self.what.dtype;
+        let strict = self.what.op == Op::Sum && dtype.size() != 1 && dtype.size() != 8;
+        let mut elements = vec![0; ranks as usize];
         let (mut wrong, mut note) = (0, None);
-        for (i, chunk) in got.chunks_exact(self.dtype.size()).enumerate() {
-            let bits = chunk.iter().rev().fold(0u32, |bits, byte| bits << 8 | u32::from(*byte));
+        for (i, chunk) in got.chunks_exact(dtype.size()).enumerate() {
+            let bits = chunk.iter().rev().fold(0u64, |bits, byte| bits << 8 | u64::from(*byte));
             let index = first + i as u64;
-            let (expected, magnitude) = self.expected(ranks, index);
+            let (expected, magnitude) = self.expected(&mut elements, index);
+            let (have, want) = (dtype.value(bits), dtype.value(expected));
             let good = bits == expected
-                || !exact && {
-                    let (got, expected) = (f64::from(self.dtype.value(bits)), f64::from(self.dtype.value(expected)));
-                    // A subnormal result may be rounded up to a whole step of the smallest number.
-                    let tolerance = magnitude * self.dtype.epsilon() * f64::from(ranks) + 1e-7 * f64::from(ranks);
-                    (got - expected).abs() <= tolerance
-                };
+                || !dtype.is_integer()
+                    && match exact {
+                        true => !strict && have.is_nan() && want.is_nan(),
+                        false => (have - want).abs() <= self.tolerance(ranks, want, magnitude),
+                    };
             if !good {
                 wrong += 1;
                 note.get_or_insert_with(|| {
-                    format!(
-                        "element {index}: got {bits:#x} ({}), expected {expected:#x} ({})",
-                        self.dtype.value(bits),
-                        self.dtype.value(expected)
-                    )
+                    format!("element {index}: got {bits:#x} ({have}), expected {expected:#x} ({want})")
                 });
             }
         }
@@ -196,60 +135,92 @@ impl Payload {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::element::Dtype;
+    use clap::ValueEnum;
+    use half::bf16;
 
-    fn payload(dtype: Dtype, kind: Kind) -> Payload {
-        Payload { dtype, kind, seed: 7 }
+    fn payload(dtype: Dtype, op: Op, kind: Kind) -> Payload {
+        Payload { what: Reduction { dtype, op }, kind, seed: 7 }
     }
 
-    /// The sum as a library would deliver it.
-    fn reduced(payload: &Payload, ranks: u32, count: u64) -> Vec<u8> {
-        (0..count).flat_map(|i| payload.expected(ranks, i).0.to_le_bytes()[..payload.dtype.size()].to_vec()).collect()
+    fn all() -> impl Iterator<Item = (Dtype, Op)> {
+        let ops = Op::value_variants();
+        Dtype::value_variants().iter().flat_map(move |dtype| ops.iter().map(move |op| (*dtype, *op)))
+    }
+
+    /// The results as a library would deliver them.
+    fn reduced(payload: &Payload, ranks: usize, count: u64) -> Vec<u8> {
+        let mut elements = vec![0; ranks];
+        let mut result = |i| payload.expected(&mut elements, i).0.to_le_bytes();
+        (0..count).flat_map(|i| result(i)[..payload.what.size()].to_vec()).collect()
     }
 
     #[test]
     fn the_reference_accepts_itself_and_no_single_flipped_bit() {
-        for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
+        for (dtype, op) in all() {
             for kind in [Kind::Numbers, Kind::Bits] {
-                let payload = payload(dtype, kind);
+                let payload = payload(dtype, op, kind);
                 let mut bytes = reduced(&payload, 4, 300);
-                assert_eq!(payload.wrong(4, 0, &bytes, true).0, 0);
-                bytes[dtype.size() * 123] ^= 1;
+                assert_eq!(payload.wrong(4, 0, &bytes, true), (0, None), "{dtype:?} {op:?}");
+                let at = (100..300).find(|i| {
+                    let value = &bytes[dtype.size() * i..dtype.size() * (i + 1)];
+                    !dtype.value(value.iter().rev().fold(0, |bits, byte| bits << 8 | u64::from(*byte))).is_nan()
+                });
+                let at = at.expect("a number");
+                bytes[dtype.size() * at] ^= 1;
                 let (wrong, note) = payload.wrong(4, 0, &bytes, true);
-                assert_eq!(wrong, 1);
-                assert!(note.unwrap().starts_with("element 123:"));
+                assert_eq!(wrong, 1, "{dtype:?} {op:?}");
+                assert!(note.unwrap().starts_with(&format!("element {at}:")));
             }
         }
     }
 
     #[test]
-    fn tolerance_accepts_another_order_of_addition_but_not_a_missing_rank() {
-        let payload = payload(Dtype::Bf16, Kind::Numbers);
+    fn tolerance_accepts_another_order_with_a_rounding_at_each_step() {
+        for (dtype, op) in all().filter(|(dtype, _)| !dtype.is_integer()) {
+            let payload = payload(dtype, op, Kind::Numbers);
+            let ranks = 4;
+            let backwards: Vec<u8> = (0..4096)
+                .flat_map(|i| {
+                    let share = dtype.value(dtype.bits(1.0 / f64::from(ranks)));
+                    let scaled = |bits| if op == Op::Avg { dtype.bits(dtype.value(bits) * share) } else { bits };
+                    let step = Reduction { dtype, op: if op == Op::Avg { Op::Sum } else { op } };
+                    let elements = (0..ranks).rev().map(|rank| scaled(payload.element(rank, i)));
+                    let result = elements.reduce(|a, b| fold(step, &[a, b])).unwrap_or(0);
+                    result.to_le_bytes()[..dtype.size()].to_vec()
+                })
+                .collect();
+            assert_eq!(payload.wrong(ranks, 0, &backwards, false), (0, None), "{dtype:?} {op:?}");
+        }
+    }
+
+    #[test]
+    fn tolerance_does_not_accept_a_missing_rank() {
+        let payload = payload(Dtype::Bf16, Op::Sum, Kind::Numbers);
         let backwards: Vec<u8> = (0..4096)
             .flat_map(|i| {
                 let sum = (0..4).rev().fold(0.0, |sum: f32, rank| {
-                    bf16::from_f32(sum + payload.dtype.value(payload.element(rank, i))).to_f32()
+                    bf16::from_f32(sum + bf16::from_bits(payload.element(rank, i) as u16).to_f32()).to_f32()
                 });
                 bf16::from_f32(sum).to_bits().to_le_bytes()
             })
             .collect();
-        assert_eq!(payload.wrong(4, 0, &backwards, false).0, 0);
-        assert!(payload.wrong(4, 0, &backwards, true).0 > 0);
-        let three = reduced(&payload, 3, 4096);
-        assert!(payload.wrong(4, 0, &three, false).0 > 3000);
+        assert!(payload.wrong(4, 0, &backwards, true).0 > 0, "another order has other bits");
+        // With two or three bits of fraction four roundings hide much.
+        for (dtype, op) in all().filter(|(dtype, _)| dtype.epsilon() < 0.01) {
+            let payload = Payload { what: Reduction { dtype, op }, ..payload };
+            let three = reduced(&payload, 3, 4096);
+            assert!(payload.wrong(4, 0, &three, false).0 > 500, "{dtype:?} {op:?}");
+        }
     }
 
     #[test]
     fn fill_and_expectation_agree_on_every_element() {
-        let payload = payload(Dtype::F32, Kind::Bits);
+        let payload = payload(Dtype::F64, Op::Sum, Kind::Bits);
         let mut bytes = [0; 40];
         payload.fill(3, 5, &mut bytes);
-        assert_eq!(bytes[4..8], payload.element(3, 6).to_le_bytes());
+        assert_eq!(bytes[8..16], payload.element(3, 6).to_le_bytes());
         assert_ne!(payload.element(3, 6), payload.element(2, 6));
-    }
-
-    #[test]
-    fn a_sum_of_negative_zeros_stays_negative_zero() {
-        assert_eq!(Dtype::Bf16.bits(-0.0 + -0.0), 0x8000);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::payload::Dtype;
+use crate::element::{Dtype, Op, Reduction};
 
 /// One rank's work, the first line on its standard input.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -26,6 +26,7 @@ pub struct Task {
 pub struct Plan {
     pub sizes: Vec<u64>,
     pub dtypes: Vec<Dtype>,
+    pub ops: Vec<Op>,
     /// Timed repetitions; 0 verifies only.
     pub repetitions: u32,
     /// Calls of one timed repetition, or by size.
@@ -33,6 +34,14 @@ pub struct Plan {
     /// Verified calls for each of eager and graph, at each size.
     pub checks: u32,
     pub seed: u64,
+}
+
+impl Plan {
+    /// Every type with every operation.
+    pub fn reductions(&self) -> Vec<Reduction> {
+        let of = |dtype: &Dtype| self.ops.iter().map(|op| Reduction { dtype: *dtype, op: *op }).collect::<Vec<_>>();
+        self.dtypes.iter().flat_map(of).collect()
+    }
 }
 
 /// The identifiers of the two communicators, the second line on every rank's standard input.
@@ -86,6 +95,7 @@ pub struct Samples {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct RankRow {
     pub dtype: Dtype,
+    pub op: Op,
     pub bytes: u64,
     pub count: u64,
     /// Verified calls that ran in twoshot's kernels, and in stock NCCL, of those made through libtwoshot.so.
@@ -98,4 +108,11 @@ pub struct RankRow {
     pub note: Option<String>,
     pub stock: Samples,
     pub routed: Samples,
+}
+
+impl RankRow {
+    /// Its type and operation.
+    pub fn what(&self) -> Reduction {
+        Reduction { dtype: self.dtype, op: self.op }
+    }
 }

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use twoshot::driver::{Context, Device, Entered, Stream};
 
 use crate::cuda::{self, Event, Graph};
+use crate::element::Reduction;
 use crate::nccl::{Buffer, Communicator, INT32, MIN, Nccl, SUM};
-use crate::payload::Dtype;
 use crate::protocol::{Ids, Message, RankFacts, RankRow, Task};
 use crate::{timing, verify};
 
@@ -186,9 +186,9 @@ impl Rank {
         self.finish()?;
         let facts = facts(self)?;
         self.parent.say(&Message::Ready(facts));
-        for dtype in self.task.plan.dtypes.clone() {
+        for what in self.task.plan.reductions() {
             for bytes in self.task.plan.sizes.clone() {
-                let row = self.row(dtype, bytes)?;
+                let row = self.row(what, bytes)?;
                 self.parent.say(&Message::Row(row));
             }
         }
@@ -242,28 +242,28 @@ impl Rank {
     }
 
     /// Queues one AllReduce of `count` elements behind the guards.
-    pub fn call(&self, path: Path, dtype: Dtype, count: u64, place: Place) -> Result<(), String> {
+    pub fn call(&self, path: Path, what: Reduction, count: u64, place: Place) -> Result<(), String> {
         let input = self.input.from(GUARD + place.input_shift)?;
         let output = if place.in_place { input } else { self.output.from(GUARD + place.output_shift)? };
-        let size = (count, dtype.size() as u64);
-        self.communicator(path).all_reduce((input, output), size, (dtype.nccl(), SUM), &self.stream)
+        let (size, kind) = ((count, what.size() as u64), (what.dtype.nccl(), what.op.nccl()));
+        self.communicator(path).all_reduce((input, output), size, kind, &self.stream)
     }
 
     /// Verifies and times one line of the table.
-    fn row(&mut self, dtype: Dtype, bytes: u64) -> Result<RankRow, String> {
-        let count = crate::sizes::elements(bytes, dtype.size() as u64);
-        let bytes = count * dtype.size() as u64;
-        let mut row = verify::row(self, dtype, count)?;
+    fn row(&mut self, what: Reduction, bytes: u64) -> Result<RankRow, String> {
+        let count = crate::sizes::elements(bytes, what.size() as u64);
+        let bytes = count * what.size() as u64;
+        let mut row = verify::row(self, what, count)?;
         row.bytes = bytes;
         if self.task.plan.repetitions > 0 {
-            (row.stock, row.routed) = timing::both(self, dtype, count)?;
+            (row.stock, row.routed) = timing::both(self, what, count)?;
         }
         Ok(row)
     }
 
     /// Captures calls of a path into a graph.
-    pub fn graph(&self, path: Path, dtype: Dtype, count: u64, place: Place, calls: u32) -> Result<Graph, String> {
-        Graph::capture(self.raw_stream(), || (0..calls).try_for_each(|_| self.call(path, dtype, count, place)))
+    pub fn graph(&self, path: Path, what: Reduction, count: u64, place: Place, calls: u32) -> Result<Graph, String> {
+        Graph::capture(self.raw_stream(), || (0..calls).try_for_each(|_| self.call(path, what, count, place)))
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use crate::payload::Dtype;
+use crate::element::{Dtype, Op};
 use crate::protocol::{RankFacts, RankRow, Samples};
 use crate::sizes;
 
@@ -51,6 +51,7 @@ pub struct Times {
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     pub dtype: Dtype,
+    pub op: Op,
     pub bytes: u64,
     pub count: u64,
     /// `routed`, `stock`, or `mixed`.
@@ -94,6 +95,7 @@ impl Row {
         };
         Some(Self {
             dtype: first.dtype,
+            op: first.op,
             bytes: first.bytes,
             count: first.count,
             route: match (routed, stock) {
@@ -218,6 +220,7 @@ fn columns(timed: bool) -> (&'static [&'static str], &'static [usize]) {
     const TIMED: &[&str] = &[
         "bytes",
         "type",
+        "op",
         "stock eager",
         "routed eager",
         "ratio",
@@ -228,15 +231,15 @@ fn columns(timed: bool) -> (&'static [&'static str], &'static [usize]) {
         "route",
         "wrong",
     ];
-    const TIMED_WIDTHS: &[usize] = &[8, 5, 12, 12, 6, 12, 12, 6, 11, 7, 6];
-    const VERIFIED: &[&str] = &["bytes", "type", "calls", "elements", "route", "wrong"];
-    const VERIFIED_WIDTHS: &[usize] = &[8, 5, 7, 12, 7, 6];
+    const TIMED_WIDTHS: &[usize] = &[8, 5, 4, 12, 12, 6, 12, 12, 6, 11, 7, 6];
+    const VERIFIED: &[&str] = &["bytes", "type", "op", "calls", "elements", "route", "wrong"];
+    const VERIFIED_WIDTHS: &[usize] = &[8, 5, 4, 7, 12, 7, 6];
     if timed { (TIMED, TIMED_WIDTHS) } else { (VERIFIED, VERIFIED_WIDTHS) }
 }
 
 /// One line of the table.
 pub fn format_row(row: &Row, timed: bool) -> String {
-    let mut cells = vec![sizes::format(row.bytes), row.dtype.name().to_owned()];
+    let mut cells = vec![sizes::format(row.bytes), row.dtype.name().to_owned(), row.op.name().to_owned()];
     let ratio = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
     match (&row.stock_us, &row.routed_us) {
         (Some(stock), Some(routed)) if timed => cells.extend([
@@ -279,6 +282,7 @@ mod tests {
         };
         RankRow {
             dtype: Dtype::Bf16,
+            op: Op::Sum,
             bytes: 65536,
             count: 32768,
             routed_calls: routed,

@@ -7,7 +7,7 @@
 use std::time::Instant;
 
 use crate::cuda::{Event, Graph};
-use crate::payload::Dtype;
+use crate::element::Reduction;
 use crate::protocol::Samples;
 use crate::rank::{Path, Place, Rank};
 
@@ -22,17 +22,17 @@ fn calls(bytes: u64) -> u32 {
 }
 
 /// Times a size: stock and routed.
-pub fn both(rank: &mut Rank, dtype: Dtype, count: u64) -> Result<(Samples, Samples), String> {
-    let bytes = count * dtype.size() as u64;
+pub fn both(rank: &mut Rank, what: Reduction, count: u64) -> Result<(Samples, Samples), String> {
+    let bytes = count * what.size() as u64;
     let calls = rank.task.plan.calls.unwrap_or_else(|| calls(bytes)).max(1);
-    rank.step(&format!("timing {} {}", dtype.name(), crate::sizes::format(bytes)));
+    rank.step(&format!("timing {} {}", what.name(), crate::sizes::format(bytes)));
     let paths = [Path::Stock, Path::Routed];
-    let graph = |path| rank.graph(path, dtype, count, Place::default(), calls);
+    let graph = |path| rank.graph(path, what, count, Place::default(), calls);
     let graphs = [graph(Path::Stock)?, graph(Path::Routed)?];
     let mut samples = [Samples::default(), Samples::default()];
     for repetition in 0..=rank.task.plan.repetitions {
         for (which, path) in paths.into_iter().enumerate() {
-            let (eager, host) = eager(rank, path, dtype, count, calls)?;
+            let (eager, host) = eager(rank, path, what, count, calls)?;
             let replay = replay(rank, &graphs[which], calls)?;
             // The first repetition warms up: clocks, lazy loading, first touches.
             if repetition > 0 {
@@ -47,11 +47,11 @@ pub fn both(rank: &mut Rank, dtype: Dtype, count: u64) -> Result<(Samples, Sampl
 }
 
 /// Microseconds per call on the GPU and on the host.
-fn eager(rank: &Rank, path: Path, dtype: Dtype, count: u64, calls: u32) -> Result<(f64, f64), String> {
+fn eager(rank: &Rank, path: Path, what: Reduction, count: u64, calls: u32) -> Result<(f64, f64), String> {
     let (begin, end) = start(rank)?;
     let clock = Instant::now();
     for _ in 0..calls {
-        rank.call(path, dtype, count, Place::default())?;
+        rank.call(path, what, count, Place::default())?;
     }
     let host = clock.elapsed().as_secs_f64() * 1e6 / f64::from(calls);
     Ok((stop(rank, &begin, &end)? / f64::from(calls), host))

@@ -3,7 +3,8 @@
 #![forbid(unsafe_code)]
 
 use crate::cuda::Graph;
-use crate::payload::{Dtype, Kind, Payload, checked_ranges};
+use crate::element::Reduction;
+use crate::payload::{Kind, Payload, checked_ranges};
 use crate::protocol::RankRow;
 use crate::rank::{GUARD, GUARD_BYTE, Path, Place, Rank};
 
@@ -24,9 +25,10 @@ struct Check {
 }
 
 /// Verifies both paths at one size.
-pub fn row(rank: &mut Rank, dtype: Dtype, count: u64) -> Result<RankRow, String> {
+pub fn row(rank: &mut Rank, what: Reduction, count: u64) -> Result<RankRow, String> {
     let mut row = RankRow {
-        dtype,
+        dtype: what.dtype,
+        op: what.op,
         bytes: 0,
         count,
         routed_calls: 0,
@@ -38,38 +40,39 @@ pub fn row(rank: &mut Rank, dtype: Dtype, count: u64) -> Result<RankRow, String>
         stock: Default::default(),
         routed: Default::default(),
     };
-    let large = count * dtype.size() as u64 > LARGE;
+    let large = count * what.size() as u64 > LARGE;
     let checks = if large { rank.task.plan.checks.min(1) } else { rank.task.plan.checks };
     for path in [Path::Stock, Path::Routed] {
         // Whether the calls of this size are routed, so that the answers can be held to the bit.
         let mut ours = false;
         for number in 0..checks {
-            rank.step(&describe("verifying an eager call", path, dtype, count));
+            rank.step(&describe("verifying an eager call", path, what, count));
             ours = eager(rank, &mut row, path, number, ours)?;
         }
         for number in 0..checks.div_ceil(2) {
-            rank.step(&describe("verifying a captured call", path, dtype, count));
+            rank.step(&describe("verifying a captured call", path, what, count));
             captured(rank, &mut row, path, number, ours)?;
         }
     }
     Ok(row)
 }
 
-fn describe(what: &str, path: Path, dtype: Dtype, count: u64) -> String {
+fn describe(step: &str, path: Path, what: Reduction, count: u64) -> String {
     let path = if path == Path::Stock { "stock" } else { "routed" };
-    format!("{what}, {path} {} {}", dtype.name(), crate::sizes::format(count * dtype.size() as u64))
+    format!("{step}, {path} {} {}", what.name(), crate::sizes::format(count * what.size() as u64))
 }
 
 /// Different for every call of a run, and the same on all ranks.
 fn seed(rank: &Rank, row: &RankRow, path: Path, number: u32, captured: bool) -> u64 {
     let call = u64::from(number) << 2 | u64::from(captured) << 1 | u64::from(path == Path::Routed);
-    let place = row.count.rotate_left(20) ^ (row.dtype.nccl() as u64) << 56;
+    let kind = (row.dtype.nccl() as u64) << 4 | row.op.nccl() as u64;
+    let place = row.count.rotate_left(20) ^ kind << 56;
     rank.task.plan.seed ^ place ^ call.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 /// In place and out of place in turn; our own path also at every alignment, which may differ between ranks.
-fn place(rank: &Rank, path: Path, dtype: Dtype, number: u32) -> Place {
-    let element = dtype.size() as u64;
+fn place(rank: &Rank, path: Path, what: Reduction, number: u32) -> Place {
+    let element = what.size() as u64;
     let shift = |salt: u64| match path {
         Path::Routed if number % 4 >= 2 => {
             (u64::from(rank.task.rank) + salt + u64::from(number)) % (16 / element) * element
@@ -81,16 +84,17 @@ fn place(rank: &Rank, path: Path, dtype: Dtype, number: u32) -> Place {
 
 /// One eager call; says whether it was routed.
 fn eager(rank: &mut Rank, row: &mut RankRow, path: Path, number: u32, ours: bool) -> Result<bool, String> {
+    let what = row.what();
     let payload = Payload {
-        dtype: row.dtype,
+        what,
         // The payload is the same on all ranks because `ours` is: they agreed on it.
         kind: if ours && number % 2 == 1 { Kind::Bits } else { Kind::Numbers },
         seed: seed(rank, row, path, number, false),
     };
-    let mut check = Check { path, place: place(rank, path, row.dtype, number), payload, exact: false };
+    let mut check = Check { path, place: place(rank, path, what, number), payload, exact: false };
     prepare(rank, row.count, &check)?;
     let before = rank.library.counters().unwrap_or_default();
-    rank.call(path, row.dtype, row.count, check.place)?;
+    rank.call(path, what, row.count, check.place)?;
     rank.finish()?;
     let after = rank.library.counters().unwrap_or_default();
     check.exact = after.0 > before.0;
@@ -106,9 +110,10 @@ fn eager(rank: &mut Rank, row: &mut RankRow, path: Path, number: u32, ours: bool
 
 /// One captured call, replayed three times with different payloads.
 fn captured(rank: &mut Rank, row: &mut RankRow, path: Path, number: u32, ours: bool) -> Result<(), String> {
-    let place = place(rank, path, row.dtype, number + 1);
+    let what = row.what();
+    let place = place(rank, path, what, number + 1);
     let before = rank.library.counters().unwrap_or_default();
-    let graph: Graph = rank.graph(path, row.dtype, row.count, place, 1)?;
+    let graph: Graph = rank.graph(path, what, row.count, place, 1)?;
     let after = rank.library.counters().unwrap_or_default();
     let routed = after.0 > before.0;
     if rank.agree(u32::from(routed))? != u32::from(routed) {
@@ -117,7 +122,7 @@ fn captured(rank: &mut Rank, row: &mut RankRow, path: Path, number: u32, ours: b
     for replay in 0..3 {
         let kind = if routed && ours && replay == 1 { Kind::Bits } else { Kind::Numbers };
         let seed = seed(rank, row, path, number * 3 + replay, true);
-        let check = Check { path, place, payload: Payload { dtype: row.dtype, kind, seed }, exact: routed };
+        let check = Check { path, place, payload: Payload { what, kind, seed }, exact: routed };
         prepare(rank, row.count, &check)?;
         graph.launch(rank.raw_stream())?;
         rank.finish()?;
@@ -129,13 +134,13 @@ fn captured(rank: &mut Rank, row: &mut RankRow, path: Path, number: u32, ours: b
     rank.agree(1).map(|_| ())
 }
 
-fn bytes_of(row_count: u64, dtype: Dtype) -> usize {
-    row_count as usize * dtype.size()
+fn bytes_of(row_count: u64, what: Reduction) -> usize {
+    row_count as usize * what.size()
 }
 
 /// Writes guards, payload and poison.
 fn prepare(rank: &Rank, count: u64, check: &Check) -> Result<(), String> {
-    let len = bytes_of(count, check.payload.dtype);
+    let len = bytes_of(count, check.payload.what);
     let mut image = vec![GUARD_BYTE; len + 2 * GUARD as usize];
     let data = |shift: u64| GUARD as usize + shift as usize..GUARD as usize + shift as usize + len;
     if !check.place.in_place {
@@ -149,17 +154,17 @@ fn prepare(rank: &Rank, count: u64, check: &Check) -> Result<(), String> {
 
 /// Reads back and counts what is wrong.
 fn examine(rank: &Rank, row: &mut RankRow, check: &Check) -> Result<(), String> {
-    let (dtype, place) = (check.payload.dtype, check.place);
-    let len = bytes_of(row.count, dtype);
+    let (what, place) = (check.payload.what, check.place);
+    let len = bytes_of(row.count, what);
     let mut image = vec![0; len + 2 * GUARD as usize];
     let (mut wrong, mut note) = (0, None);
-    let mut guards = |image: &[u8], shift: u64, what: &str| {
+    let mut guards = |image: &[u8], shift: u64, which: &str| {
         let start = GUARD as usize + shift as usize;
         let outside = image[..start].iter().chain(&image[start + len..]);
         let torn = outside.filter(|byte| **byte != GUARD_BYTE).count();
         if torn > 0 {
             wrong += torn as u64;
-            note.get_or_insert_with(|| format!("{torn} bytes were written outside the {what}"));
+            note.get_or_insert_with(|| format!("{torn} bytes were written outside the {which}"));
         }
         start
     };
@@ -181,7 +186,7 @@ fn examine(rank: &Rank, row: &mut RankRow, check: &Check) -> Result<(), String> 
     }
     let result = &image[start..start + len];
     for range in checked_ranges(row.count, WHOLE, check.payload.seed) {
-        let part = &result[bytes_of(range.start, dtype)..bytes_of(range.end, dtype)];
+        let part = &result[bytes_of(range.start, what)..bytes_of(range.end, what)];
         let (bad, first) = check.payload.wrong(rank.task.ranks, range.start, part, check.exact);
         row.compared += range.end - range.start;
         wrong += bad;
