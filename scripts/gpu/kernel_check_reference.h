@@ -1,5 +1,6 @@
-// The sums that kernel_check expects, computed on the CPU by definition: values widened as doubles, added as f32 in
-// rank order, rounded by nearbyint on multiples of the last place. Shares no code with the kernels.
+// The results that kernel_check expects, computed on the CPU by definition: floats widened as doubles, folded as f32 (f64:
+// as f64) in rank order, rounded by nearbyint on multiples of the last place; integers modulo 2^bits. Shares no code with
+// the kernels.
 #pragma once
 
 #include <algorithm>
@@ -11,79 +12,182 @@
 
 namespace {
 
-enum Type { kF32, kF16, kBF16 };
-const char* const kTypeNames[] = {"f32", "f16", "bf16"};
-size_t size_of(Type type) { return type == kF32 ? 4 : 2; }
+// Types and operations by NCCL's numbers.
+enum Type { kI8, kU8, kI32, kU32, kI64, kU64, kF16, kF32, kF64, kBF16, kE4M3, kE5M2 };
+enum Op { kSum, kProd, kMax, kMin, kAvg };
+constexpr unsigned kTypes = 12, kOps = 5;
+const char* const kTypeNames[] = {"i8", "u8", "i32", "u32", "i64", "u64", "f16", "f32", "f64", "bf16", "e4m3", "e5m2"};
+const char* const kOpNames[] = {"sum", "prod", "max", "min", "avg"};
 
-float widen(uint32_t bits, int exponent_bits, int fraction_bits) {
+bool is_float(Type type) { return type >= kF16; }
+bool specialised(Type type, Op op) { return op == kSum && (type == kF16 || type == kF32 || type == kBF16); }
+// Any bits may be a value, so half of a line is payload.
+bool half_lines(Type type) { return type != kF16 && type != kF32 && type != kBF16; }
+
+size_t size_of(Type type) {
+  switch (type) {
+    case kI8: case kU8: case kE4M3: case kE5M2: return 1;
+    case kF16: case kBF16: return 2;
+    case kI32: case kU32: case kF32: return 4;
+    default: return 8;
+  }
+}
+
+struct Format {
+  int exponent_bits, fraction_bits;
+};
+
+Format format_of(Type type) {
+  switch (type) {
+    case kF16: return {5, 10};
+    case kBF16: return {8, 7};
+    case kE4M3: return {4, 3};
+    default: return {5, 2};
+  }
+}
+
+float widen(Type type, uint32_t bits) {
+  const auto [exponent_bits, fraction_bits] = format_of(type);
   const int field = static_cast<int>(bits >> fraction_bits) & ((1 << exponent_bits) - 1);
   const double fraction = bits & ((1u << fraction_bits) - 1);
-  const int bias = (1 << (exponent_bits - 1)) - 1;
-  const double sign = bits >> 15 ? -1 : 1;
-  if (field == (1 << exponent_bits) - 1) {
-    return static_cast<float>(fraction != 0 ? std::numeric_limits<double>::quiet_NaN()
-                                            : sign * std::numeric_limits<double>::infinity());
-  }
+  const int bias = (1 << (exponent_bits - 1)) - 1, top = (1 << exponent_bits) - 1;
+  const double sign = bits >> (exponent_bits + fraction_bits) & 1 ? -1 : 1;
+  const double nan = std::numeric_limits<double>::quiet_NaN(), infinity = std::numeric_limits<double>::infinity();
+  if (type == kE4M3 && field == top && fraction == 7) return static_cast<float>(nan);  // its only NaN; no infinities
+  if (type != kE4M3 && field == top) return static_cast<float>(fraction != 0 ? nan : sign * infinity);
   if (field == 0) return static_cast<float>(sign * std::ldexp(fraction, 1 - bias - fraction_bits));
   return static_cast<float>(sign * std::ldexp(1 + std::ldexp(fraction, -fraction_bits), field - bias));
 }
 
-uint16_t narrow(float value, int exponent_bits, int fraction_bits) {
-  if (std::isnan(value)) return 0x7FFF;
-  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+uint32_t narrow(Type type, float value) {
+  const auto [exponent_bits, fraction_bits] = format_of(type);
+  const bool byte = size_of(type) == 1;
+  if (std::isnan(value)) return byte ? 0x7F : 0x7FFF;
+  const uint32_t sign = std::signbit(value) ? 1u << (exponent_bits + fraction_bits) : 0;
   const int bias = (1 << (exponent_bits - 1)) - 1;
-  const uint32_t infinity = ((1u << exponent_bits) - 1) << fraction_bits;
+  // The largest result: infinity, or for bytes the largest finite value.
+  const uint32_t most = type == kE4M3 ? 0x7E : type == kE5M2 ? 0x7B : ((1u << exponent_bits) - 1) << fraction_bits;
   const double magnitude = std::fabs(static_cast<double>(value));
-  if (std::isinf(magnitude)) return static_cast<uint16_t>(sign | infinity);
+  if (std::isinf(magnitude)) return sign | most;
   if (magnitude == 0) return sign;
   const int exponent = std::max(std::ilogb(magnitude), 1 - bias);
+  if (exponent > bias + 1) return sign | most;
   const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, fraction_bits - exponent)));
   const uint32_t bits = (static_cast<uint32_t>(exponent + bias - 1) << fraction_bits) + units;
-  return static_cast<uint16_t>(sign | std::min(bits, infinity));
+  return sign | std::min(bits, most);
 }
 
 struct Tables {
-  std::vector<float> f16 = std::vector<float>(65536), bf16 = std::vector<float>(65536);
+  std::vector<float> values[kTypes];
   Tables() {
-    for (uint32_t i = 0; i < 65536; i++) {
-      f16[i] = widen(i, 5, 10);
-      bf16[i] = widen(i, 8, 7);
+    for (const Type type : {kF16, kBF16, kE4M3, kE5M2}) {
+      values[type].resize(size_t{1} << (8 * size_of(type)));
+      for (uint32_t i = 0; i < values[type].size(); i++) values[type][i] = widen(type, i);
     }
   }
 };
 
-float value_at(Type type, const uint8_t* bytes, size_t i) {
-  static const Tables tables;
-  if (type == kF32) {
-    float value;
-    std::memcpy(&value, bytes + 4 * i, 4);
-    return value;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, bytes + 2 * i, 2);
-  return type == kF16 ? tables.f16[bits] : tables.bf16[bits];
+uint64_t bits_at(Type type, const uint8_t* bytes, size_t i) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, bytes + size_of(type) * i, size_of(type));
+  return bits;
 }
 
-void store_sum(Type type, uint8_t* bytes, size_t i, float sum) {
-  if (type == kF32) {
-    uint32_t bits;
-    std::memcpy(&bits, &sum, 4);
-    if (std::isnan(sum)) bits = 0x7FFFFFFF;
-    std::memcpy(bytes + 4 * i, &bits, 4);
-  } else {
-    const uint16_t bits = type == kF16 ? narrow(sum, 5, 10) : narrow(sum, 8, 7);
-    std::memcpy(bytes + 2 * i, &bits, 2);
+float value_of(Type type, uint64_t bits) {
+  static const Tables tables;
+  if (type != kF32) return tables.values[type][bits];
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+uint64_t bits_of(Type type, float value) {
+  if (type != kF32) return narrow(type, value);
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return std::isnan(value) ? 0x7FFFFFFF : bits;
+}
+
+bool is_nan(Type type, uint64_t bits) {
+  if (!is_float(type)) return false;
+  if (type != kF64) return std::isnan(value_of(type, bits));
+  double value;
+  std::memcpy(&value, &bits, 8);
+  return std::isnan(value);
+}
+
+// Of a NaN and a number the number; +0 is more than -0.
+template <typename F>
+F larger(F a, F b) {
+  if (std::isnan(a) || std::isnan(b)) return std::isnan(a) ? b : a;
+  if (a == b) return std::signbit(a) ? b : a;
+  return a > b ? a : b;
+}
+
+template <typename F>
+F fold_floats(Op op, const std::vector<F>& values) {
+  F result = values[0];
+  for (size_t r = 1; r < values.size(); r++) {
+    switch (op) {
+      case kProd: result *= values[r]; break;
+      case kMax: result = larger(result, values[r]); break;
+      case kMin: result = -larger(-result, -values[r]); break;
+      default: result += values[r];
+    }
+  }
+  return op == kAvg ? result / static_cast<F>(values.size()) : result;
+}
+
+template <typename T>
+uint64_t fold_integers(Op op, const std::vector<uint64_t>& values) {
+  auto result = static_cast<T>(values[0]);
+  for (size_t r = 1; r < values.size(); r++) {
+    const auto next = static_cast<T>(values[r]);
+    switch (op) {
+      case kProd: result = static_cast<T>(static_cast<uint64_t>(result) * static_cast<uint64_t>(next)); break;
+      case kMax: result = std::max(result, next); break;
+      case kMin: result = std::min(result, next); break;
+      default: result = static_cast<T>(static_cast<uint64_t>(result) + static_cast<uint64_t>(next));
+    }
+  }
+  if (op == kAvg) result = static_cast<T>(result / static_cast<T>(values.size()));
+  return static_cast<uint64_t>(result);
+}
+
+uint64_t fold(Type type, Op op, const std::vector<uint64_t>& values) {
+  switch (type) {
+    case kI8: return fold_integers<int8_t>(op, values);
+    case kU8: return fold_integers<uint8_t>(op, values);
+    case kI32: return fold_integers<int32_t>(op, values);
+    case kU32: return fold_integers<uint32_t>(op, values);
+    case kI64: return fold_integers<int64_t>(op, values);
+    case kU64: return fold_integers<uint64_t>(op, values);
+    case kF64: {
+      std::vector<double> wide(values.size());
+      std::memcpy(wide.data(), values.data(), 8 * values.size());
+      const double result = fold_floats(op, wide);
+      uint64_t bits;
+      std::memcpy(&bits, &result, 8);
+      return bits;
+    }
+    default: {
+      std::vector<float> wide(values.size());
+      for (size_t r = 0; r < values.size(); r++) wide[r] = value_of(type, values[r]);
+      return bits_of(type, fold_floats(op, wide));
+    }
   }
 }
 
 using Bytes = std::vector<uint8_t>;
 
-Bytes reference(Type type, const std::vector<Bytes>& in, size_t count) {
-  Bytes out(count * size_of(type));
+Bytes reference(Type type, Op op, const std::vector<Bytes>& in, size_t count) {
+  const size_t size = size_of(type);
+  Bytes out(count * size);
+  std::vector<uint64_t> values(in.size());
   for (size_t i = 0; i < count; i++) {
-    float sum = value_at(type, in[0].data(), i);
-    for (size_t r = 1; r < in.size(); r++) sum += value_at(type, in[r].data(), i);
-    store_sum(type, out.data(), i, sum);
+    for (size_t r = 0; r < in.size(); r++) values[r] = bits_at(type, in[r].data(), i);
+    const uint64_t result = fold(type, op, values);
+    std::memcpy(out.data() + size * i, &result, size);
   }
   return out;
 }
