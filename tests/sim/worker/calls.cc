@@ -79,6 +79,8 @@ Buffer Driver::take(Lane& lane, size_t bytes, bool from_nccl) {
 void Driver::give_back(Call& c) {
   if (c.out.base && c.out.base != c.in.base) c.lane->pool.push_back(c.out);
   if (c.in.base) c.lane->pool.push_back(c.in);
+  if (c.factor.base) c.lane->pool.push_back(c.factor);
+  c.factor = Buffer();
   c.in = c.out = Buffer();
 }
 
@@ -100,7 +102,11 @@ Call Driver::plan(const Statement& s, Lane& lane, uint64_t number) {
     c.payload.kind = Payload::kWords;
     c.payload.words.push_back(uint32_t(strtoul(word.c_str(), nullptr, 16)));
   }
-  c.payload.special = s.number("special", c.op == ncclSum && !c.scaled) != 0;
+  c.on_device = s.text("scalar", "host") == "device";
+  c.exact = int(s.number("exact", options_.exact));
+  c.configured = s.number("config", 0) != 0;
+  if (s.has("pairs")) c.payload.kind = Payload::kPairs;
+  c.payload.special = s.number("special", (c.op == ncclSum || c.exact == 2) && !c.scaled) != 0;
   c.in_place = s.number("inplace", 0) != 0;
   c.in_offset = size_t(s.number("offset", 0)) * type_bytes(c.type);
   c.out_offset = size_t(s.number("out_offset", s.number("offset", 0))) * type_bytes(c.type);
@@ -121,7 +127,19 @@ void Driver::prepare(Call& c) {
   } else {
     c.out = take(*c.lane, out_bytes + c.out_offset + 2 * kGuard, c.nccl_memory);
   }
+  if (c.scaled && c.on_device) {
+    c.factor = take(*c.lane, sizeof(uint64_t), false);
+    accept_cuda(cuMemsetD8Async(c.factor.base, kPoison, sizeof(uint64_t), c.lane->current()), "cuMemsetD8Async");
+  }
   refresh(c);
+}
+
+// 2, in the call's type.
+static uint64_t factor_of(int type) {
+  uint64_t two = is_float(type) && type_bytes(type) <= 4 ? encode(type, 2.0f) : 2;
+  double wide = 2.0;
+  if (type == ncclFloat64) std::memcpy(&two, &wide, sizeof two);
+  return two;
 }
 
 // Fresh payload, poisoned output, guards: on the call's stream, so that they are part of the program under test.
@@ -141,6 +159,11 @@ void Driver::refresh(Call& c) {
   c.image = std::make_shared<Bytes>(image_bytes, kPoison);
   std::copy(data.begin(), data.end(), c.image->begin() + long(at + spread));
   accept_cuda(cuMemcpyHtoDAsync_v2(c.in.base, c.image->data(), image_bytes, stream), "cuMemcpyHtoDAsync");
+  if (c.factor.base) {
+    // Written in stream order: whoever reads it before the call runs reads poison.
+    c.factor_image = std::make_shared<uint64_t>(factor_of(c.type));
+    accept_cuda(cuMemcpyHtoDAsync_v2(c.factor.base, c.factor_image.get(), 8, stream), "cuMemcpyHtoDAsync");
+  }
 }
 
 ncclResult_t Driver::issue(Call& c) {
@@ -155,14 +178,28 @@ ncclResult_t Driver::issue(Call& c) {
   int op = c.op;
   ncclResult_t result = ncclInvalidArgument;
   if (c.scaled) {
-    uint64_t two = is_float(c.type) && type_bytes(c.type) <= 4 ? encode(c.type, 2.0f) : 2;
-    double wide = 2.0;
-    if (c.type == ncclFloat64) std::memcpy(&two, &wide, sizeof two);
-    result = call::ncclRedOpCreatePreMulSum(&op, &two, c.type, ncclScalarHostImmediate, comm);
+    uint64_t two = factor_of(c.type);
+    void* scalar = c.on_device ? pointer(c.factor.base) : &two;
+    ncclScalarResidence_t where = c.on_device ? ncclScalarDevice : ncclScalarHostImmediate;
+    result = call::ncclRedOpCreatePreMulSum(&op, scalar, c.type, where, comm);
+    two = 0;  // read by now, or never
     if (result != ncclSuccess) return result;
   }
   switch (c.coll) {
     case Coll::kAllReduce:
+      if (c.configured) {
+        // On the stack, as a program would have it: whoever makes the call later needs a copy.
+        ncclCollConfig_t config = {};
+        config.size = sizeof config;
+        config.magic = NCCL_API_MAGIC;
+        config.version = NCCL_VERSION_CODE;
+        config.minCTAs = config.nvlsCTAs = config.cgaClusterSize = config.CTAPolicy = NCCL_CONFIG_UNDEF_INT;
+        config.maxCTAs = 4;
+        config.forceAlgSelection = 1;
+        result = call::ncclAllReduceConfig(pointer(in), pointer(out), c.count, c.type, op, comm, stream, &config);
+        std::memset(&config, 0xff, sizeof config);
+        break;
+      }
       result = call::ncclAllReduce(pointer(in), pointer(out), c.count, c.type, op, comm, stream);
       break;
     case Coll::kReduce:
@@ -280,7 +317,7 @@ void Driver::check(Call& c) {
     Expectation expected = expectation(c);
     bool moved = c.coll != Coll::kAllReduce && c.coll != Coll::kReduce && c.coll != Coll::kReduceScatter;
     if (moved) expected.magnitude.assign(out_count(c), 0);
-    int exact = c.scaled ? 0 : options_.exact;
+    int exact = c.scaled ? 0 : c.exact;
     wrong += compare(expected, result, c.type, moved ? int(ncclSum) : c.op, c.member.ranks, out_count(c),
                      moved ? 1 : exact, &first);
     if (c.coll == Coll::kAllReduce) {

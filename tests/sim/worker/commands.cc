@@ -92,8 +92,22 @@ void Driver::statement(const Statement& s) {
   notes_.clear();
   digest_ = 0;
   failed_ = met_ = false;
+  uint64_t before[2] = {};
+  uint64_t after[2] = {};
   try {
+    bool counted = s.has("path") && paths(&before[0], &before[1]);
     if (!dispatch(s)) throw std::runtime_error("unknown command");
+    // `path=routed`, `path=stock`: its AllReduce calls all went there.
+    if (s.has("path") && !concerned(s).empty() && !failed_) {
+      size_t wanted = s.text("path", "") == "stock" ? 1 : 0;
+      counted = counted && paths(&after[0], &after[1]);
+      bool there = counted && after[wanted] > before[wanted] && after[1 - wanted] == before[1 - wanted];
+      if (!there) {
+        failed_ = true;
+        note("not all calls went by " + s.text("path", "") + ": " + std::to_string(after[0] - before[0]) + " routed, " +
+             std::to_string(after[1] - before[1]) + " stock");
+      }
+    }
   } catch (const std::exception& error) {
     failed_ = true;
     note(s.name + ": " + error.what());
@@ -157,6 +171,8 @@ bool Driver::dispatch(const Statement& s) {
     capture(s);
   } else if (n == "replay") {
     replay(s);
+  } else if (n == "chain") {
+    chain(s);
   } else if (n == "drop_graphs") {
     for (Graph& graph : graphs_) {
       for (CUgraphExec exec : graph.execs) accept_cuda(cuGraphExecDestroy(exec), "cuGraphExecDestroy");
@@ -171,6 +187,13 @@ bool Driver::dispatch(const Statement& s) {
     split(s);
   } else if (n == "shrink") {
     shrink(s);
+  } else if (n == "grow") {
+    grow(s);
+  } else if (n == "suspend" || n == "resume") {
+    for (Lane* lane : concerned(s)) {
+      ncclComm_t comm = lane->member().comm;
+      accept(n == "suspend" ? call::ncclCommSuspend(comm, NCCL_SUSPEND_MEM) : call::ncclCommResume(comm), n.c_str());
+    }
   } else if (n == "destroy" || n == "abort" || n == "finalize" || n == "revoke") {
     end_comm(s);
   } else if (n == "async_error") {
@@ -262,6 +285,8 @@ void Driver::init(const Statement& s) {
     wait_for(path, &id, sizeof id, options_.timeout_s);
   }
   long blocking = s.number("blocking", options_.blocking);
+  int ranks = int(s.number("ranks", options_.ranks));
+  bool configured = blocking >= 0 || s.has("max_ctas") || s.has("min_ctas") || s.has("scalable");
   bool fused = lanes.size() > 1;
   // Stock NCCL may write to them until the initialisation is complete.
   auto& comms = *new std::vector<ncclComm_t>(lanes.size(), nullptr);
@@ -269,21 +294,25 @@ void Driver::init(const Statement& s) {
   if (fused) accept(call::ncclGroupStart(), "ncclGroupStart");
   for (size_t i = 0; i < lanes.size(); ++i) {
     use_lane(*lanes[i]);
-    if (blocking < 0) {
-      result = call::ncclCommInitRank(&comms[i], options_.ranks, id, lanes[i]->rank);
+    if (!configured) {
+      result = call::ncclCommInitRank(&comms[i], ranks, id, lanes[i]->rank);
     } else {
       ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-      config.blocking = int(blocking);
+      if (blocking >= 0) config.blocking = int(blocking);
+      config.minCTAs = int(s.number("min_ctas", NCCL_CONFIG_UNDEF_INT));
+      config.maxCTAs = int(s.number("max_ctas", NCCL_CONFIG_UNDEF_INT));
       // The fields that every release since 2.20 has.
       config.size = offsetof(ncclConfig_t, trafficClass);
       config.version = NCCL_VERSION(2, 20, 3);
-      result = call::ncclCommInitRankConfig(&comms[i], options_.ranks, id, lanes[i]->rank, &config);
+      result = s.has("scalable")
+                   ? call::ncclCommInitRankScalable(&comms[i], ranks, lanes[i]->rank, 1, &id, &config)
+                   : call::ncclCommInitRankConfig(&comms[i], ranks, id, lanes[i]->rank, &config);
     }
     if (result != ncclSuccess && result != ncclInProgress) accept(result, "ncclCommInitRank");
   }
   if (fused) result = call::ncclGroupEnd();
   for (size_t i = 0; i < lanes.size(); ++i) {
-    Member member = {comms[i], lanes[i]->rank, options_.ranks};
+    Member member = {comms[i], lanes[i]->rank, ranks};
     if (s.number("wait", 1)) result = settle(member, result);
     lanes[i]->comms.push_back(member);
     lanes[i]->comm = lanes[i]->comms.size() - 1;
@@ -356,6 +385,35 @@ void Driver::shrink(const Statement& s) {
       accept(call::ncclCommUserRank(child.comm, &child.rank), "ncclCommUserRank");
       accept(call::ncclCommCount(child.comm, &child.ranks), "ncclCommCount");
     }
+    lane->comms.push_back(child);
+    lane->comm = lane->comms.size() - 1;
+  }
+}
+
+// `ranks=N`: the current communicator and ranks that have none become one of N.
+void Driver::grow(const Statement& s) {
+  std::string path = options_.id + ".grow" + std::to_string(inits_++);
+  int ranks = int(s.number("ranks", options_.ranks));
+  for (Lane* lane : concerned(s)) {
+    use_lane(*lane);
+    ncclUniqueId id;
+    Member child;
+    ncclResult_t result = ncclSuccess;
+    if (lane->comms.empty()) {
+      wait_for(path, &id, sizeof id, options_.timeout_s);
+      result = call::ncclCommGrow(nullptr, ranks, &id, lane->rank, &child.comm, nullptr);
+    } else {
+      Member& parent = lane->member();
+      bool root = parent.rank == 0;
+      if (root) {
+        if (!accept(call::ncclCommGetUniqueId(parent.comm, &id), "ncclCommGetUniqueId")) return;
+        publish(path, &id, sizeof id);
+      }
+      result = call::ncclCommGrow(parent.comm, ranks, root ? &id : nullptr, -1, &child.comm, nullptr);
+    }
+    if (!accept(settle(child, result), "ncclCommGrow")) return;
+    accept(call::ncclCommUserRank(child.comm, &child.rank), "ncclCommUserRank");
+    accept(call::ncclCommCount(child.comm, &child.ranks), "ncclCommCount");
     lane->comms.push_back(child);
     lane->comm = lane->comms.size() - 1;
   }

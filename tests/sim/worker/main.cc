@@ -143,13 +143,18 @@ int run(const Options& options, const std::string& nccl, const std::string& text
 
 }  // namespace
 
+bool paths(uint64_t* routed, uint64_t* stock) {
+  using Counters = int (*)(uint64_t*, uint64_t*);
+  auto get = reinterpret_cast<Counters>(find_function("twoshot_counters"));
+  if (get) get(routed, stock);
+  return get != nullptr;
+}
+
 std::string counters() {
   std::string text;
-  using Counters = int (*)(uint64_t*, uint64_t*);
-  if (auto get = reinterpret_cast<Counters>(find_function("twoshot_counters"))) {
-    uint64_t routed = 0;
-    uint64_t stock = 0;
-    get(&routed, &stock);
+  uint64_t routed = 0;
+  uint64_t stock = 0;
+  if (paths(&routed, &stock)) {
     text += ",\"routed\":" + std::to_string(routed) + ",\"stock\":" + std::to_string(stock);
   }
   using Calls = uint64_t (*)(const char*);

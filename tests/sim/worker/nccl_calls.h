@@ -22,6 +22,12 @@ void* opened_function(const char* name);
 #pragma weak ncclGather
 #pragma weak ncclScatter
 #pragma weak ncclCommRevoke
+#pragma weak ncclCommInitRankScalable
+#pragma weak ncclCommGetUniqueId
+#pragma weak ncclCommGrow
+#pragma weak ncclCommSuspend
+#pragma weak ncclCommResume
+#pragma weak ncclAllReduceConfig
 
 namespace call {
 
@@ -36,6 +42,15 @@ WORKER_CALL(ncclGetUniqueId, (ncclUniqueId* id), (id))
 WORKER_CALL(ncclCommInitRank, (ncclComm_t* comm, int ranks, ncclUniqueId id, int rank), (comm, ranks, id, rank))
 WORKER_CALL(ncclCommInitRankConfig, (ncclComm_t* comm, int ranks, ncclUniqueId id, int rank, ncclConfig_t* config),
             (comm, ranks, id, rank, config))
+WORKER_CALL(ncclCommInitRankScalable,
+            (ncclComm_t* comm, int ranks, int rank, int id_count, ncclUniqueId* ids, ncclConfig_t* config),
+            (comm, ranks, rank, id_count, ids, config))
+WORKER_CALL(ncclCommGetUniqueId, (ncclComm_t comm, ncclUniqueId* id), (comm, id))
+WORKER_CALL(ncclCommGrow,
+            (ncclComm_t comm, int ranks, const ncclUniqueId* id, int rank, ncclComm_t* child, ncclConfig_t* config),
+            (comm, ranks, id, rank, child, config))
+WORKER_CALL(ncclCommSuspend, (ncclComm_t comm, int flags), (comm, flags))
+WORKER_CALL(ncclCommResume, (ncclComm_t comm), (comm))
 WORKER_CALL(ncclCommInitAll, (ncclComm_t* comms, int count, const int* devices), (comms, count, devices))
 WORKER_CALL(ncclCommSplit, (ncclComm_t comm, int color, int key, ncclComm_t* child, ncclConfig_t* config),
             (comm, color, key, child, config))
@@ -65,6 +80,10 @@ WORKER_CALL(ncclAllReduce,
             (const void* in, void* out, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm,
              cudaStream_t stream),
             (in, out, count, type, op, comm, stream))
+WORKER_CALL(ncclAllReduceConfig,
+            (const void* in, void* out, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm,
+             cudaStream_t stream, const ncclCollConfig_t* config),
+            (in, out, count, type, op, comm, stream, config))
 WORKER_CALL(ncclReduce,
             (const void* in, void* out, size_t count, ncclDataType_t type, ncclRedOp_t op, int root, ncclComm_t comm,
              cudaStream_t stream),

@@ -1,6 +1,7 @@
 // The commands that make collective calls: plain, random, patterns, captured. The calls themselves are in calls.cc.
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <stdexcept>
 #include <thread>
 
@@ -31,13 +32,17 @@ void Driver::collective(const Statement& s, Coll coll) {
     uint64_t number = calls_made_++;
     for (Lane* lane : concerned(s)) {
       Statement mine = rounds[i % rounds.size()];
-      if (s.has("mixed")) place(mine, Random(uint64_t(s.number("seed", 1)), number, 1000 + uint64_t(lane->rank)));
+      if (s.has("mixed")) place_by_lot(mine, *lane, number);
       Call c = plan(mine, *lane, number);
       if (coll == Coll::kAllReduce) c.coll = coll;
       calls.push_back(c);
     }
     run_calls(calls);
   }
+}
+
+void Driver::place_by_lot(Statement& s, const Lane& lane, uint64_t number) {
+  place(s, Random(uint64_t(s.number("seed", 1)), number, 1000 + uint64_t(lane.rank)));
 }
 
 // In place for one rank in three, off by up to 16 elements for every other buffer.
@@ -135,7 +140,9 @@ void Driver::capture(const Statement& s) {
     Statement one = s;
     one.args["count"] = count;
     for (Lane* lane : lanes) {
-      rounds.back().push_back(plan(one, *lane, number));
+      Statement mine = one;
+      if (s.has("mixed")) place_by_lot(mine, *lane, number);
+      rounds.back().push_back(plan(mine, *lane, number));
       prepare(rounds.back().back());
     }
   }
@@ -226,6 +233,102 @@ void Driver::replay(const Statement& s) {
     if (!clean || met_) return;
     for (Call& c : graph.calls) check(c);
   }
+}
+
+// `chain n=K streams=S`: an AllReduce from one buffer into another and a broadcast back, in turn, each on a stream that
+// every rank picks for itself. Each works on what the one before it left, and no event is between them: the order of the
+// communicator alone makes the result right. `captured`: all of it in one graph, whose branches are the streams.
+// `grouped`: each in a group of its own.
+void Driver::chain(const Statement& s) {
+  long steps = s.number("n", 20);
+  size_t streams = size_t(s.number("streams", 3));
+  size_t count = size_t(s.number("count", 500));
+  bool captured = s.number("captured", 0) != 0;
+  bool grouped = s.number("grouped", 0) != 0;
+  uint64_t number = calls_made_++;
+  Payload payload;
+  payload.seed = uint64_t(s.number("seed", 1));
+  payload.call = number;
+  std::vector<Lane*> lanes = concerned(s);
+  if (lanes.size() != 1) throw std::runtime_error("chain is for one lane a thread");
+  Lane& lane = *lanes[0];
+  use_lane(lane);
+  while (lane.streams.size() < streams) {
+    CUstream made = nullptr;
+    accept_cuda(cuStreamCreate(&made, CU_STREAM_NON_BLOCKING), "cuStreamCreate");
+    lane.streams.push_back(made);
+  }
+  Member member = lane.member();
+  size_t bytes = count * sizeof(uint64_t);
+  Buffer from = take(lane, bytes, false);
+  Buffer to = take(lane, bytes, false);
+  Bytes own = make_input(payload, ncclUint64, member.rank, 0, count);
+  Bytes poison(bytes, 0xa5);
+  accept_cuda(cuMemcpyHtoDAsync_v2(from.base, own.data(), bytes, lane.streams[0]), "cuMemcpyHtoDAsync");
+  accept_cuda(cuMemcpyHtoDAsync_v2(to.base, poison.data(), bytes, lane.streams[0]), "cuMemcpyHtoDAsync");
+  accept_cuda(cuStreamSynchronize(lane.streams[0]), "cuStreamSynchronize");
+  std::vector<CUevent> events;
+  auto edge = [&](CUstream before, CUstream after) {
+    CUevent event = nullptr;
+    accept_cuda(cuEventCreate(&event, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
+    accept_cuda(cuEventRecord(event, before), "cuEventRecord");
+    accept_cuda(cuStreamWaitEvent(after, event, 0), "cuStreamWaitEvent");
+    events.push_back(event);
+  };
+  if (captured) {
+    accept_cuda(cuStreamBeginCapture_v2(lane.streams[0], CU_STREAM_CAPTURE_MODE_THREAD_LOCAL), "cuStreamBeginCapture");
+    for (size_t i = 1; i < streams; ++i) edge(lane.streams[0], lane.streams[i]);
+  }
+  Random lot(payload.seed, number, 1000 + uint64_t(lane.rank));
+  auto pointer = [](const Buffer& buffer) { return reinterpret_cast<void*>(uintptr_t(buffer.base)); };
+  for (long i = 0; i < steps && !failed_; ++i) {
+    CUstream stream = lane.streams[lot.below(streams)];
+    if (!captured && lot.below(3) == 0) std::this_thread::sleep_for(std::chrono::microseconds(lot.below(2000)));
+    if (grouped) accept(call::ncclGroupStart(), "ncclGroupStart");
+    ncclResult_t result =
+        i % 2 == 0
+            ? call::ncclAllReduce(pointer(from), pointer(to), count, ncclUint64, ncclSum, member.comm, stream)
+            : call::ncclBroadcast(pointer(to), pointer(from), count, ncclUint64, int(i) % member.ranks, member.comm, stream);
+    accept(result, "collective");
+    if (grouped) accept(call::ncclGroupEnd(), "ncclGroupEnd");
+  }
+  CUgraphExec exec = nullptr;
+  if (captured) {
+    for (size_t i = 1; i < streams; ++i) edge(lane.streams[i], lane.streams[0]);
+    CUgraph graph = nullptr;
+    accept_cuda(cuStreamEndCapture(lane.streams[0], &graph), "cuStreamEndCapture");
+    accept_cuda(cuGraphInstantiateWithFlags(&exec, graph, 0), "cuGraphInstantiate");
+    accept_cuda(cuGraphDestroy(graph), "cuGraphDestroy");
+    accept_cuda(cuGraphLaunch(exec, lane.streams[0]), "cuGraphLaunch");
+  }
+  for (CUevent event : events) accept_cuda(cuEventDestroy_v2(event), "cuEventDestroy");
+  if (!accept(sync(lane), "sync")) return;
+  if (exec) accept_cuda(cuGraphExecDestroy(exec), "cuGraphExecDestroy");
+  // Every sum after the first multiplies by the number of ranks.
+  Expectation expected = reduce_reference(payload, ncclUint64, ncclSum, member.ranks, 0, count);
+  uint64_t factor = 1;
+  for (long i = 2; i < steps; i += 2) factor *= uint64_t(member.ranks);
+  for (size_t i = 0; i < count; ++i) {
+    uint64_t value = 0;
+    std::memcpy(&value, expected.bits.data() + 8 * i, 8);
+    value *= factor;
+    std::memcpy(expected.bits.data() + 8 * i, &value, 8);
+  }
+  Bytes got(bytes);
+  // The last step's target.
+  const Buffer& last = steps % 2 ? to : from;
+  accept_cuda(cuMemcpyDtoHAsync_v2(got.data(), last.base, bytes, lane.streams[0]), "cuMemcpyDtoHAsync");
+  if (!accept_cuda(cuStreamSynchronize(lane.streams[0]), "cuStreamSynchronize")) return;
+  std::string first;
+  size_t wrong = compare(expected, got.data(), ncclUint64, ncclSum, member.ranks, count, 1, &first);
+  tally_.calls += uint64_t(steps);
+  tally_.wrong += wrong;
+  if (wrong) {
+    failed_ = true;
+    note("chain on rank " + std::to_string(member.rank) + ": " + std::to_string(wrong) + " wrong, " + first);
+  }
+  lane.pool.push_back(from);
+  lane.pool.push_back(to);
 }
 
 // `launch graph=G stream=S`: queues a graph and goes on; what it computes is not looked at.

@@ -235,6 +235,11 @@ uint64_t element(const Payload& payload, int type, int rank, uint64_t index) {
     uint32_t word = payload.words[(index / halves + size_t(rank) * payload.call) % payload.words.size()];
     return halves == 1 ? word : word >> (16 * (index % 2)) & 0xffff;
   }
+  if (payload.kind == Payload::kPairs) {
+    uint64_t byte = (rank % 2 ? index >> 8 : index) & 0xff;
+    // Further ranks hold others, or every result would soon be one of few.
+    return (byte + uint64_t(rank / 2) * 0x35) & 0xff;
+  }
   if (payload.kind == Payload::kPattern) {
     if (rank != payload.carrier) return payload.filler;
     if (type == ncclFloat32) return special_bits(type, mix(index / 2 + payload.phase * 977));

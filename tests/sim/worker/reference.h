@@ -32,7 +32,7 @@ size_t type_bytes(int type);
 bool is_float(int type);
 
 struct Payload {
-  enum Kind { kRandom, kPattern, kWords };
+  enum Kind { kRandom, kPattern, kWords, kPairs };
   Kind kind = kRandom;
   uint64_t seed = 0;
   uint64_t call = 0;
@@ -45,6 +45,7 @@ struct Payload {
   uint32_t filler = 0;
   // kWords: these 32-bit words in turn, every rank beginning with another; 16-bit types fill both halves from them.
   std::vector<uint32_t> words;
+  // kPairs: every pair of bytes between two neighbouring ranks, for types of one byte: 65536 elements hold all of them.
 };
 
 // The bits of element `index` of `rank`.

@@ -89,6 +89,11 @@ struct Call {
   int type = 0;
   int op = 0;
   bool scaled = false;  // a pre-multiplied sum with factor 2
+  bool on_device = false;  // its factor is read from device memory when it runs
+  Buffer factor;
+  std::shared_ptr<uint64_t> factor_image;
+  int exact = 1;  // as Options::exact
+  bool configured = false;  // ncclAllReduceConfig
   size_t count = 0;
   int root = 0;
   Payload payload;
@@ -150,10 +155,12 @@ class Driver {
 
   void collective(const Statement& s, Coll coll);
   void place(Statement& s, Random own);
+  void place_by_lot(Statement& s, const Lane& lane, uint64_t number);
   void random(const Statement& s);
   void patterns(const Statement& s);
   void capture(const Statement& s);
   void replay(const Statement& s);
+  void chain(const Statement& s);
   void launch(const Statement& s);
 
   // commands.cc
@@ -161,6 +168,7 @@ class Driver {
   void init_all(const Statement& s);
   void split(const Statement& s);
   void shrink(const Statement& s);
+  void grow(const Statement& s);
   void abort_in(const Statement& s);
   void fork_child(const Statement& s);
   void end_comm(const Statement& s);
@@ -200,5 +208,7 @@ class Driver {
 void print_line(const std::string& line);
 std::string json_escape(const std::string& text);
 std::string counters();
+// AllReduce calls that the library under test took itself and left to NCCL, if it counts them.
+bool paths(uint64_t* routed, uint64_t* stock);
 
 }  // namespace worker
