@@ -61,6 +61,7 @@ declines! {
     Prepare = 25, "prepare", "this rank could not fill the shared memory";
     KnownAnswer = 26, "known-answer", "an AllReduce of known data did not give the known result on this rank";
     Deadline = 27, "deadline", "a step of this rank did not end within TWOSHOT_SETUP_TIMEOUT_MS";
+    Memory = 29, "memory", "the windows of this process's communicators on this rank's device take all of TWOSHOT_MEMORY";
     Foreign = 28, "foreign", "this rank sent data that is not twoshot's";
 }
 

@@ -22,6 +22,7 @@
 #![deny(missing_docs, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
 pub mod abi;
+pub mod budget;
 pub mod call;
 pub mod comm;
 pub mod config;

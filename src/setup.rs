@@ -14,6 +14,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::budget::Memory;
 use crate::config::Config;
 use crate::decline::Decline;
 use crate::domain::{Declined, Domain, merge};
@@ -50,6 +51,10 @@ pub struct Established {
     pub row: Row,
     /// How handles travelled.
     pub handle: HandleType,
+    /// Blocks of the largest size that the device holds at once.
+    pub capacity: u32,
+    /// What of the budget it holds.
+    pub memory: Memory,
 }
 
 /// What is known of the communicator before its ranks have spoken.
@@ -142,18 +147,21 @@ pub fn establish(
     if let Ok(prepared) = &local {
         (step.granularity, step.optional) = (prepared.granularity, prepared.multicast);
         step.blocks = prepared.blocks;
+        step.memory = prepared.memory.bytes();
     }
-    let (prepared, steps) = match ballot.cast(step, "examining links and kernels", local)? {
+    let (mut prepared, steps) = match ballot.cast(step, "examining links and kernels", local)? {
         Ok(passed) => passed,
         Err(declined) => return Ok(Err(declined)),
     };
     domain.multicast &= steps.iter().all(|step| step.optional);
     let align = steps.iter().map(|step| step.granularity).max().unwrap_or(1);
     let blocks = steps.iter().map(|step| step.blocks).min().unwrap_or(1);
-    let Some(plan) = plan(&domain, config, blocks) else {
+    let memory = steps.iter().map(|step| step.memory).min().unwrap_or(0);
+    let Some(plan) = plan(&domain, config, blocks, memory) else {
         return Ok(Err(Declined { reason: Decline::TooManyRanks, rank: 0, code: 0 }));
     };
     let window_bytes = plan.agreement.layout.window_bytes().next_multiple_of(align);
+    prepared.memory.settle(window_bytes);
 
     let mut step = Step::new(number::SHARE, rank);
     let local = share(context, window_bytes, domain.handle, ranks, deadline);
@@ -212,6 +220,8 @@ pub fn establish(
         window_bytes,
         row,
         handle: domain.handle,
+        capacity: prepared.capacity,
+        memory: prepared.memory,
     }))
 }
 
@@ -220,6 +230,8 @@ struct Prepared {
     /// The granularity is one of multicast too.
     multicast: bool,
     blocks: u32,
+    capacity: u32,
+    memory: Memory,
     module: Arc<Module>,
     kernels: Kernels,
 }
@@ -237,7 +249,7 @@ fn prepare(context: &Arc<Context>, domain: &Domain, rank: u32, config: &Config, 
     let sms = domain.facts[rank as usize].blocks;
     let handle = domain.handle;
     let of_kernels = Arc::clone(context);
-    let mut prepared = bounded("loading the kernels", deadline, move || {
+    let (granularity, blocks, capacity, module, kernels) = bounded("loading the kernels", deadline, move || {
         let module = Module::load(&of_kernels)?;
         let kernels = module.kernels(ranks, false)?;
         let resident = kernels.resident_per_sm().saturating_mul(sms);
@@ -245,9 +257,17 @@ fn prepare(context: &Arc<Context>, domain: &Domain, rank: u32, config: &Config, 
             return Err(Error::Bug("no block of a kernel fits a multiprocessor"));
         }
         let granularity = crate::driver::granularity(&of_kernels, handle)?;
-        Ok(Prepared { granularity, multicast: false, blocks: sms.min(resident), module, kernels })
+        let capacity = kernels.resident_per_sm().saturating_mul(of_kernels.device().sms()?);
+        Ok((granularity, sms.min(resident), capacity, module, kernels))
     })
     .or_else(reason(Decline::Module))?;
+    let whole = plan(domain, config, u32::MAX, u64::MAX)
+        .ok_or((Decline::TooManyRanks, Error::Protocol("a window has no address range")))?;
+    let full = whole.agreement.layout.window_bytes().next_multiple_of(granularity);
+    let budget = config.memory.unwrap_or_else(|| MEMORY.max(full.saturating_mul(16)));
+    let memory = Memory::take(device, full, granularity, budget)
+        .ok_or((Decline::Memory, Error::Protocol("the budget of memory is used up")))?;
+    let mut prepared = Prepared { granularity, multicast: false, blocks, capacity, memory, module, kernels };
     if domain.multicast {
         // A step of its own: what fails or blocks here is lost for multicast only.
         let (context, bytes) = (Arc::clone(context), prepared.granularity);
@@ -270,14 +290,18 @@ struct Plan {
     row: Row,
 }
 
-/// Limits and layout: a pure function of what all ranks agreed on.
-fn plan(domain: &Domain, config: &Config, resident: u32) -> Option<Plan> {
+/// Most memory of the windows of all communicators of a process on one device, unless 16 windows are more.
+const MEMORY: u64 = 512 << 20;
+
+/// Limits and layout: a pure function of what all ranks agreed on. A window takes at most `memory` bytes before they
+/// are rounded.
+fn plan(domain: &Domain, config: &Config, resident: u32, memory: u64) -> Option<Plan> {
     use crate::layout::Algorithm;
     let ranks = domain.facts.len() as u32;
     let row = row(World { ranks, arch: domain.arch, multicast: domain.multicast });
     let twoshot = config.max_bytes.unwrap_or(row.twoshot_bytes);
     let oneshot = config.oneshot_max_bytes.unwrap_or(row.oneshot_bytes).min(twoshot);
-    let (oneshot_bytes, twoshot_bytes) = match config.algorithm {
+    let (mut oneshot_bytes, mut twoshot_bytes) = match config.algorithm {
         None => (oneshot, twoshot),
         // One-shot alone still has to keep `ranks` copies of a payload: its memory, not two-shot's, is the limit.
         Some(Algorithm::OneShot) => {
@@ -286,6 +310,14 @@ fn plan(domain: &Domain, config: &Config, resident: u32) -> Option<Plan> {
         }
         Some(Algorithm::TwoShot) => (0, twoshot),
     };
+    let fits = |oneshot, twoshot| Some(Layout::for_payloads(ranks, oneshot, twoshot)?.window_bytes() <= memory);
+    while !fits(oneshot_bytes, twoshot_bytes)? && oneshot_bytes.max(twoshot_bytes) > 0 {
+        if fits(oneshot_bytes, 0)? {
+            twoshot_bytes /= 2;
+        } else {
+            oneshot_bytes /= 2;
+        }
+    }
     let layout = Layout::for_payloads(ranks, oneshot_bytes, twoshot_bytes)?;
     // Address ranges beyond this are a typing error in a limit, not a workspace.
     if layout.window_bytes().checked_mul(u64::from(ranks))? > 1 << 42 {

@@ -12,7 +12,7 @@ pub type Blob = [u8; BLOB];
 
 const MAGIC: u32 = 0x544f_5753;
 /// Raised whenever the meaning of a blob or the kernels' protocol changes.
-const PROTOCOL: u32 = 2;
+const PROTOCOL: u32 = 3;
 
 /// The facts of a rank, exchanged first.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -83,6 +83,8 @@ pub struct Step {
     pub granularity: u64,
     /// Blocks this rank can keep resident at once.
     pub blocks: u32,
+    /// Bytes that this rank's window may take.
+    pub memory: u64,
     /// The step succeeded in an optional part (multicast).
     pub optional: bool,
     /// Multicast objects.
@@ -101,6 +103,7 @@ impl Step {
             fabric: [0; 64],
             granularity: 0,
             blocks: 0,
+            memory: 0,
             optional: false,
             offers: [Offer::default(); MOST_OBJECTS],
         }
@@ -251,6 +254,7 @@ impl Step {
             .bytes(&self.fabric)
             .u64(self.granularity)
             .u32(self.blocks)
+            .u64(self.memory)
             .flag(self.optional);
         for offer in &self.offers {
             writer.u64(offer.id).u32(offer.free);
@@ -271,6 +275,7 @@ impl Step {
             fabric: r.take()?,
             granularity: r.u64()?,
             blocks: r.u32()?,
+            memory: r.u64()?,
             optional: r.flag()?,
             offers: [Offer::default(); MOST_OBJECTS],
         };

@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use crate::budget::{Memory, blocks};
 use crate::config::Config;
 use crate::driver::{
     Args, Context, Event, Fault, Kernels, Launch, RawStream, bury, capture_of, dependent_launch, order_behind,
     retain_for_graph, with_relaxed_capture,
 };
 use crate::error::Result;
-use crate::route::{Agreement, Plan};
+use crate::route::{Agreement, Plan, grid};
 use crate::setup::Established;
 use crate::warning;
 use crate::workspace::Workspace;
@@ -39,10 +40,14 @@ struct Captured {
     node: Option<usize>,
 }
 
-/// Where the last operations went, so that the next one is ordered behind them.
+/// Where the last operations went, ours and stock NCCL's, so that the next one is ordered behind them.
 #[derive(Default)]
 struct Order {
     eager: Option<RawStream>,
+    /// The last eager operation was stock NCCL's, and `last` was not recorded behind it.
+    unmarked: bool,
+    /// Operations have been on more than one stream: from then on stock NCCL's are marked too.
+    several: bool,
     captured: Option<Captured>,
     retained: Option<u64>,
 }
@@ -68,13 +73,16 @@ pub struct Ready {
     // Dropped in this order: kernels before the memory they work on.
     kernels: Kernels,
     workspace: Workspace,
+    _memory: Memory,
     context: Arc<Context>,
+    /// Blocks of the largest size that the device holds at once.
+    capacity: u32,
 }
 
 impl Ready {
     /// Takes over what set-up established.
     pub fn new(context: Arc<Context>, established: Established, rank: u32, config: &Config) -> Self {
-        let Established { agreement, kernels, workspace, last, .. } = established;
+        let Established { agreement, kernels, workspace, last, capacity, memory, .. } = established;
         let timeout_ns = config.timeout_ms.saturating_mul(1_000_000);
         ready_on(&context).fetch_add(1, Ordering::Relaxed);
         Self {
@@ -85,7 +93,9 @@ impl Ready {
             last,
             kernels,
             workspace,
+            _memory: memory,
             context,
+            capacity,
         }
     }
 
@@ -115,14 +125,14 @@ impl Ready {
         let args = Args { in_: buffers.input, out: buffers.output, count: buffers.count, ..self.args };
         let stream = buffers.stream;
         let _entered = self.context.enter()?;
-        let mut dependent = self.dependent && ready_on(&self.context).load(Ordering::Relaxed) <= PROGRAMMATIC;
+        let communicators = ready_on(&self.context).load(Ordering::Relaxed);
+        let mut dependent = self.dependent && communicators <= PROGRAMMATIC;
+        let plan = shared(plan, blocks(self.capacity, communicators, dependent));
         let mut order = self.order.lock();
         let Some(capture) = capture_of(&self.context, stream) else {
-            if order.eager.is_some_and(|last| last != stream || stream == RawStream::PER_THREAD) {
-                self.last.hold(stream)?;
-            }
+            self.behind_last(&mut order, stream)?;
             Launch { kernels: &self.kernels, plan, dependent }.on(stream, &args)?;
-            order.eager = Some(stream);
+            (order.eager, order.unmarked) = (Some(stream), false);
             // Recorded now, not when the stream changes: by then the caller may have destroyed this one.
             return self.last.record(stream);
         };
@@ -141,6 +151,50 @@ impl Ready {
         let node = capture_of(&self.context, stream).and_then(|capture| capture.node);
         order.captured = Some(Captured { id: capture.id, stream, node });
         Ok(())
+    }
+
+    /// Lets a stream wait for the last eager operation, if that was on another one.
+    fn behind_last(&self, order: &mut Order, stream: RawStream) -> Result<()> {
+        let Some(last) = order.eager.filter(|last| *last != stream || stream == RawStream::PER_THREAD) else {
+            return Ok(());
+        };
+        order.several = true;
+        if std::mem::take(&mut order.unmarked) {
+            self.last.record(last)?;
+        }
+        self.last.hold(stream)
+    }
+
+    /// Before stock NCCL queues an operation of this communicator: it runs behind ours that were issued before it.
+    pub fn before_stock(&self, stream: RawStream) -> Result<()> {
+        let mut order = self.order.lock();
+        let foreign = order.eager.is_some_and(|last| last != stream || stream == RawStream::PER_THREAD);
+        if !foreign && order.captured.is_none() {
+            return Ok(());
+        }
+        let _entered = self.context.enter()?;
+        let Some(capture) = capture_of(&self.context, stream) else { return self.behind_last(&mut order, stream) };
+        match order.captured.filter(|last| last.id == capture.id && last.stream != stream).and_then(|last| last.node) {
+            Some(node) => order_behind(&self.context, stream, node),
+            None => Ok(()),
+        }
+    }
+
+    /// Behind it: ours that are issued later run behind it. An event marks it only where streams have changed before;
+    /// the first time they change, the mark is set then.
+    pub fn behind_stock(&self, stream: RawStream) -> Result<()> {
+        let mut order = self.order.lock();
+        if let Some(capture) = capture_of(&self.context, stream) {
+            order.captured = Some(Captured { id: capture.id, stream, node: capture.node });
+            return Ok(());
+        }
+        order.eager = Some(stream);
+        order.unmarked = !order.several;
+        if order.unmarked {
+            return Ok(());
+        }
+        let _entered = self.context.enter()?;
+        self.last.record(stream)
     }
 
     /// Tells every kernel of this communicator, running or to come, to leave.
@@ -173,6 +227,16 @@ impl Ready {
             }
         });
     }
+}
+
+/// The plan with at most so many blocks. How many a launch has is a rank's own matter: lines are addressed by the
+/// payload, not by who stores them.
+fn shared(plan: Plan, most: u32) -> Plan {
+    if plan.blocks <= most {
+        return plan;
+    }
+    let (blocks, threads) = grid(u64::from(plan.blocks) * u64::from(plan.threads), most);
+    Plan { blocks, threads, ..plan }
 }
 
 impl Drop for Ready {

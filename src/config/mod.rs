@@ -44,6 +44,8 @@ pub struct Config {
     pub oneshot_max_bytes: Option<u64>,
     /// `TWOSHOT_MAX_BLOCKS`.
     pub max_blocks: Option<u32>,
+    /// `TWOSHOT_MEMORY`: bytes of windows per device.
+    pub memory: Option<u64>,
     /// `TWOSHOT_MULTICAST`, off too where `NCCL_NVLS_ENABLE=0`.
     pub multicast: bool,
     /// `TWOSHOT_TIMEOUT_MS`: deadline of a kernel's wait; 0 waits like stock NCCL.
@@ -98,6 +100,7 @@ impl Config {
             max_bytes: bytes(var, "TWOSHOT_MAX_BYTES")?,
             oneshot_max_bytes: bytes(var, "TWOSHOT_ONESHOT_MAX_BYTES")?,
             max_blocks: integer(var, "TWOSHOT_MAX_BLOCKS", 1, 256)?.map(|n| u32::try_from(n).unwrap_or(256)),
+            memory: bytes(var, "TWOSHOT_MEMORY")?,
             multicast: switch(var, "TWOSHOT_MULTICAST")?.unwrap_or(true) && nvls,
             timeout_ms: integer(var, "TWOSHOT_TIMEOUT_MS", 0, 86_400_000)?.unwrap_or(0),
             setup_timeout_ms: integer(var, "TWOSHOT_SETUP_TIMEOUT_MS", 100, 3_600_000)?
@@ -146,6 +149,7 @@ impl Default for Config {
             max_bytes: None,
             oneshot_max_bytes: None,
             max_blocks: None,
+            memory: None,
             multicast: true,
             timeout_ms: 0,
             setup_timeout_ms: 20_000,

@@ -50,6 +50,11 @@ pub const VARIABLES: &[Variable] = &[
         "(table)",
         "Most thread blocks of a launch, 1 to 256. The ranks use the smallest value of all.",
     ),
+    variable(
+        "TWOSHOT_MEMORY",
+        "512M",
+        "Most memory that the windows of all communicators of a process take on one device. Later communicators get smaller windows, so their large payloads stay with stock NCCL; the ranks of one use the smallest. The default is 16 windows where that is more.",
+    ),
     variable("TWOSHOT_MULTICAST", "1", "`0` keeps every multicast call away. One rank with `0` is enough."),
     variable(
         "TWOSHOT_TIMEOUT_MS",

@@ -62,12 +62,18 @@ impl Device {
         Ok(value)
     }
 
+    /// Its multiprocessors.
+    pub fn sms(&self) -> Result<u32> {
+        let sms = self.attribute(sys::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        Ok(u32::try_from(sms).unwrap_or(0))
+    }
+
     /// Reads all facts. An attribute the driver does not know counts as absent.
     pub fn facts(&self) -> Result<DeviceFacts> {
         let has = |attribute| self.attribute(attribute).is_ok_and(|value| value != 0);
         let major = self.attribute(sys::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = self.attribute(sys::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        let sms = self.attribute(sys::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let sms = self.sms()?;
         // SAFETY: CUuuid is plain bytes, for which zero is a value.
         let mut uuid: sys::CUuuid = unsafe { std::mem::zeroed() };
         // SAFETY: valid out-pointer and device.
@@ -77,7 +83,7 @@ impl Device {
         unsafe { call!(self.api, cuDeviceGetPCIBusId(bus.as_mut_ptr(), 16, self.handle)) }?;
         Ok(DeviceFacts {
             arch: u32::try_from(major * 10 + minor).unwrap_or(0),
-            sms: u32::try_from(sms).unwrap_or(0),
+            sms,
             vmm: has(sys::CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED)
                 && has(sys::CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING),
             fd_handles: has(sys::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED),
