@@ -11,7 +11,7 @@ use crate::call::{Call, DataType, ReduceOp};
 use crate::comm::{self, Buffers, Communicator, Ready, State, lost};
 use crate::config::Config;
 use crate::driver::{RawStream, capturing, reap};
-use crate::intercept::{Comm, Stock, Stream};
+use crate::intercept::{CallConfig, Comm, Stock, Stream};
 use crate::route::{Plan, Reason, Route, decide};
 use crate::warning;
 
@@ -86,8 +86,36 @@ fn passing(stock: &'static Stock, comm: Comm, stream: Stream, call: impl FnOnce(
         return group::pass(&communicator, (comm, queue), true, call);
     }
     match set_up(stock, &communicator, comm, queue) {
-        Ok(()) => call(),
+        Ok(()) => in_order(&communicator, queue, call),
         Err(code) => code,
+    }
+}
+
+/// Makes a call of stock NCCL so that it runs in its turn among the routed ones. Stock NCCL orders its own.
+pub(super) fn in_order(communicator: &Communicator, stream: RawStream, call: impl FnOnce() -> Code) -> Code {
+    if let Err(failed) = before_stock(communicator, stream) {
+        return failed;
+    }
+    let result = call();
+    match behind_stock(communicator, stream) {
+        Err(failed) if result == code::SUCCESS => failed,
+        _ => result,
+    }
+}
+
+/// Before stock NCCL queues something of this communicator on a stream.
+pub(super) fn before_stock(communicator: &Communicator, stream: RawStream) -> Result<(), Code> {
+    match communicator.state() {
+        State::Ready(ready) => ready.before_stock(stream).map_err(|error| failed(&error)),
+        _ => Ok(()),
+    }
+}
+
+/// Behind it.
+pub(super) fn behind_stock(communicator: &Communicator, stream: RawStream) -> Result<(), Code> {
+    match communicator.state() {
+        State::Ready(ready) => ready.behind_stock(stream).map_err(|error| failed(&error)),
+        _ => Ok(()),
     }
 }
 
@@ -189,7 +217,7 @@ fn all_reduce(a: Arguments) -> Code {
     match (place(&communicator, &a), communicator.state()) {
         (Placement::Routed(plan), State::Ready(ready)) => launch(&communicator, ready, plan, &a),
         (Placement::Routed(_), _) => failed(&lost()),
-        (Placement::Stock, _) => a.to_stock(stock),
+        (Placement::Stock, _) => in_order(&communicator, RawStream(a.stream as usize), || a.to_stock(stock)),
         (Placement::Failed(code), _) => code,
     }
 }
@@ -274,4 +302,74 @@ passing! {
     ncclAlltoAll = all_to_all(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int) optional;
     ncclGather = gather(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int, root: c_int) optional;
     ncclScatter = scatter(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int, root: c_int) optional;
+}
+
+/// A call's own configuration as far as it has to be known here: it begins with its size.
+struct CallConfigCopy(Vec<u64>);
+
+impl CallConfigCopy {
+    /// Largest configuration that is believed.
+    const MOST: usize = 4096;
+
+    /// A copy that outlives the call: a held call is made at the end of its group, when the caller's own may be gone.
+    /// What the configuration points to has to live until then.
+    fn of(config: CallConfig) -> Option<Self> {
+        // SAFETY: null, or the caller's configuration, which begins with its size.
+        let size = if config.is_null() { 0 } else { unsafe { config.cast::<usize>().read() } };
+        if size < size_of::<usize>() || size > Self::MOST {
+            return None;
+        }
+        let mut copy = vec![0u64; size.div_ceil(8)];
+        // SAFETY: the caller says that it is so long; the copy is at least as long.
+        unsafe { std::ptr::copy_nonoverlapping(config.cast::<u8>(), copy.as_mut_ptr().cast::<u8>(), size) };
+        Some(Self(copy))
+    }
+}
+
+macro_rules! passing_configured {
+    ($($name:ident = $field:ident ( $($arg:ident: $type:ty),* );)*) => {
+        $(
+            /// # Safety
+            /// As for the function of this name in NCCL, which gets what its caller asked: a call with a
+            /// configuration of its own is never routed.
+            #[unsafe(no_mangle)]
+            #[allow(clippy::too_many_arguments)]
+            pub unsafe extern "C" fn $name($($arg: $type,)* comm: Comm, stream: Stream, config: CallConfig) -> Code {
+                guard(|| match stock() {
+                    Ok(stock) => {
+                        let Some(function) = stock.nccl.$field else { return super::absent(stringify!($name)) };
+                        let copy = group::open().then(|| CallConfigCopy::of(config)).flatten();
+                        passing(stock, comm, stream, move || {
+                            let config = copy.as_ref().map_or(config, |copy| copy.0.as_ptr().cast());
+                            // SAFETY: the caller's own arguments.
+                            unsafe { function($($arg,)* comm, stream, config) }
+                        })
+                    }
+                    Err(code) => code,
+                })
+            }
+        )*
+
+        /// Names and addresses for the call slots.
+        pub(super) fn configured_targets() -> Vec<(&'static CStr, *const c_void)> {
+            const fn c(text: &'static str) -> &'static CStr {
+                match CStr::from_bytes_with_nul(text.as_bytes()) {
+                    Ok(text) => text,
+                    Err(_) => panic!("a name without its end"),
+                }
+            }
+            vec![$((const { c(concat!(stringify!($name), "\0")) }, $name as *const c_void),)*]
+        }
+    };
+}
+
+passing_configured! {
+    ncclAllReduceConfig = all_reduce_config(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int, op: c_int);
+    ncclAllGatherConfig = all_gather_config(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int);
+    ncclReduceScatterConfig = reduce_scatter_config(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int, op: c_int);
+    ncclBroadcastConfig = broadcast_config(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int, root: c_int);
+    ncclReduceConfig = reduce_config(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int, op: c_int, root: c_int);
+    ncclAlltoAllConfig = all_to_all_config(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int);
+    ncclGatherConfig = gather_config(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int, root: c_int);
+    ncclScatterConfig = scatter_config(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int, root: c_int);
 }

@@ -14,7 +14,7 @@ use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, c_int, c_void};
 use std::sync::Arc;
 
-use super::collectives::{Arguments, Placement, fault_or_launch, place, set_up};
+use super::collectives::{Arguments, Placement, before_stock, behind_stock, fault_or_launch, in_order, place, set_up};
 use super::{Code, absent, code, guard, inside, stock, transparent};
 use crate::comm::{Communicator, State};
 use crate::driver::{RawStream, capturing};
@@ -39,6 +39,13 @@ struct Held {
     call: Box<dyn FnOnce() -> Code>,
 }
 
+/// A communicator that stock NCCL has calls of in this group, and a stream they are on.
+struct Touched {
+    communicator: Arc<Communicator>,
+    comm: Comm,
+    stream: RawStream,
+}
+
 #[derive(Default)]
 struct Group {
     /// To be launched before stock's end of the group.
@@ -50,10 +57,16 @@ struct Group {
     early: bool,
     /// Operations that were destroyed while calls that use them are held.
     operations: Vec<(c_int, Comm)>,
-    /// Communicators that stock NCCL has a call of.
-    touched: Vec<Comm>,
+    /// What stock NCCL has.
+    touched: Vec<Touched>,
     /// Stock NCCL refused a call: it will run none of this group.
     refused: bool,
+}
+
+impl Group {
+    fn touches(&self, comm: Comm) -> bool {
+        self.touched.iter().any(|touched| touched.comm == comm)
+    }
 }
 
 thread_local! {
@@ -80,7 +93,7 @@ fn with<T>(otherwise: T, work: impl FnOnce(&mut Group) -> T) -> T {
 /// a collective and the communicator's first.
 fn waits(communicator: &Communicator, comm: Comm, stream: RawStream, collective: bool) -> bool {
     let (held, touched) =
-        with((false, true), |group| (group.held.iter().any(|held| held.comm == comm), group.touched.contains(&comm)));
+        with((false, true), |group| (group.held.iter().any(|held| held.comm == comm), group.touches(comm)));
     // What stock NCCL already has of the communicator would be started by the exchange.
     held || (collective && !touched && matches!(communicator.state(), State::New) && !capturing(stream))
 }
@@ -95,11 +108,11 @@ fn hold(communicator: &Arc<Communicator>, comm: Comm, stream: RawStream, call: B
 }
 
 /// Hands a call of this group to stock NCCL.
-fn forward(comm: Comm, call: impl FnOnce() -> Code) -> Code {
+fn forward(communicator: &Arc<Communicator>, (comm, stream): (Comm, RawStream), call: impl FnOnce() -> Code) -> Code {
     let result = call();
     with((), |group| {
-        if !group.touched.contains(&comm) {
-            group.touched.push(comm);
+        if !group.touched.iter().any(|touched| (touched.comm, touched.stream) == (comm, stream)) {
+            group.touched.push(Touched { communicator: Arc::clone(communicator), comm, stream });
         }
         group.refused |= result != code::SUCCESS && result != code::IN_PROGRESS;
     });
@@ -114,9 +127,10 @@ pub(super) fn pass(
     call: impl FnOnce() -> Code + 'static,
 ) -> Code {
     if waits(communicator, comm, stream, collective) {
-        return hold(communicator, comm, stream, Box::new(call));
+        let own = Arc::clone(communicator);
+        return hold(communicator, comm, stream, Box::new(move || forward(&own, (comm, stream), call)));
     }
-    forward(comm, call)
+    forward(communicator, (comm, stream), call)
 }
 
 /// An AllReduce inside a group.
@@ -136,13 +150,16 @@ fn queue(stock: &Stock, communicator: Arc<Communicator>, arguments: Arguments) -
             let routed = Routed { communicator, plan, arguments };
             with((), |group| {
                 // Stock NCCL starts a non-blocking communicator's group in its own time: nothing can be put behind it.
-                let early = group.touched.is_empty() || (group.early && !group.touched.contains(&arguments.comm));
+                let early = group.touched.is_empty() || (group.early && !group.touches(arguments.comm));
                 let behind = behind_stock && !early;
                 if behind { &mut group.behind } else { &mut group.before }.push(routed);
             });
             code::SUCCESS
         }
-        Placement::Stock => forward(arguments.comm, || arguments.to_stock(stock)),
+        Placement::Stock => {
+            let stream = RawStream(arguments.stream as usize);
+            forward(&communicator, (arguments.comm, stream), || arguments.to_stock(stock))
+        }
         Placement::Failed(failed) => failed,
     }
 }
@@ -210,16 +227,26 @@ fn end(stock: &'static Stock) -> Code {
             unsafe { (stock.nccl.red_op_destroy)(op, comm) };
         }
     }
-    let Group { before, behind, refused, .. } = with(Group::default(), std::mem::take);
+    let Group { before, behind, touched, refused, .. } = with(Group::default(), std::mem::take);
     // What stock NCCL refuses as a whole is refused as a whole.
     if !refused {
         launch(before, &mut ours);
+    }
+    for Touched { communicator, stream, .. } in &touched {
+        if let (code::SUCCESS, Err(failed)) = (ours, before_stock(communicator, *stream)) {
+            ours = failed;
+        }
     }
     let _ = DEPTH.try_with(|depth| depth.set(0));
     // SAFETY: takes nothing.
     let result = inside(|nccl| unsafe { (nccl.group_end)() }, stock);
     if result != code::SUCCESS && result != code::IN_PROGRESS {
         return result;
+    }
+    for Touched { communicator, stream, .. } in &touched {
+        if let (code::SUCCESS, Err(failed)) = (ours, behind_stock(communicator, *stream)) {
+            ours = failed;
+        }
     }
     if !refused {
         launch(behind, &mut ours);
@@ -336,11 +363,17 @@ macro_rules! point_to_point {
                     Ok(stock) => {
                         // SAFETY: the caller's own arguments.
                         let call = move || unsafe { (stock.nccl.$field)(buffer, count, dtype, peer, comm, stream) };
-                        if comm.is_null() || !open() || transparent() {
+                        if comm.is_null() || transparent() {
                             return call();
                         }
-                        let communicator = crate::comm::find(comm as usize);
-                        pass(&communicator, (comm, RawStream(stream as usize)), false, call)
+                        let stream = RawStream(stream as usize);
+                        if open() {
+                            return pass(&crate::comm::find(comm as usize), (comm, stream), false, call);
+                        }
+                        match crate::comm::known(comm as usize) {
+                            Some(communicator) => in_order(&communicator, stream, call),
+                            None => call(),
+                        }
                     }
                     Err(code) => code,
                 })

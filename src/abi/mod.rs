@@ -221,6 +221,7 @@ fn bind() {
 /// The functions whose call slots lead to us: all that are written by hand.
 fn targets() -> Vec<(&'static CStr, *const c_void)> {
     let mut targets = collectives::targets();
+    targets.extend(collectives::configured_targets());
     targets.extend(group::targets());
     targets.extend(lifecycle::targets());
     targets

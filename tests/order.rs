@@ -1,0 +1,77 @@
+//! The order of one communicator's operations across streams, routed ones and stock NCCL's alike: a chain in which each
+//! works on what the one before it left, each on another stream, with nothing but the communicator between them.
+mod common;
+#[path = "common/script.rs"]
+mod script;
+
+use std::time::Duration;
+
+use common::Job;
+use script::{routed, stock_runs};
+use twoshot_sim::Topology;
+
+fn chains(program: &str) {
+    // The first call sets the communicator up; ranks pick their streams by different lots.
+    let program = format!("init; allreduce count=10; {program}; destroy; release");
+    let report = Job::new(Topology::one_host(3), &program)
+        .env("TWOSHOT_SIM_SHUFFLE", 1)
+        .env("TWOSHOT_SIM_SEED", 7)
+        .env("TWOSHOT_SIM_DELAY_US", 2000)
+        .run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for outcome in &report.outcomes {
+        assert!(routed(outcome) > 20, "{outcome}");
+    }
+}
+
+#[test]
+fn routed_and_stock_operations_on_different_streams_run_in_issue_order() {
+    chains("chain n=41 streams=3 seed=1; chain n=40 streams=2 count=3000 seed=2");
+}
+
+#[test]
+fn in_groups_of_their_own_too() {
+    chains("chain n=41 streams=3 seed=3 grouped=1; chain n=30 streams=4 seed=4 grouped=1");
+}
+
+#[test]
+fn in_the_branches_of_a_captured_graph_too() {
+    chains("chain n=21 streams=3 seed=5 captured=1; chain n=40 streams=2 seed=6 captured=1; chain n=11 seed=7");
+}
+
+#[test]
+fn a_program_on_one_stream_makes_no_event_for_its_stock_operations() {
+    let program = "init; allreduce count=10; allreduce count=10 op=premulsum reps=20; destroy; release";
+    let report = Job::new(Topology::one_host(2), program).run();
+    report.expect_success().expect_on();
+    for outcome in &report.outcomes {
+        assert_eq!((routed(outcome), stock_runs(outcome)), (1, 20), "{outcome}");
+        let stats = report.session.stats(outcome.pid).expect("stats of a rank");
+        // One behind the routed call; the simulated stock NCCL makes none.
+        assert_eq!(stats.calls("cuEventRecord"), 1, "{outcome}");
+        assert_eq!(stats.calls("cuStreamWaitEvent"), 0, "{outcome}");
+    }
+}
+
+/// Three communicators that overlap, three streams, ranks that are late at random, routed and stock calls of all types.
+#[test]
+fn three_overlapping_communicators_on_three_streams_stay_right_under_random_delays() {
+    // `TWOSHOT_SOAK=1`: a hundred thousand operations.
+    let rounds = if std::env::var_os("TWOSHOT_SOAK").is_some() { 2000 } else { 8 };
+    let program = format!(
+        "init; split div=2; use comm=0; split none=3; random calls=6 comms=3 max=100 seed=1; \
+         repeat n={rounds}; hold; random calls=50 comms=3 streams=3 max=3000 seed=9 delays=1 \
+         ops=sum,max,prod,avg,premulsum dtypes=f32,i64,bf16,e4m3,u8; flush; end; \
+         repeat n=3; destroy; end"
+    );
+    let timeout = if rounds > 100 { 7200 } else { 300 };
+    let report = Job::new(Topology::one_host(4), &program)
+        .env("TWOSHOT_MAX_BYTES", "16K")
+        .args(&["--timeout", &timeout.to_string()])
+        .timeout(Duration::from_secs(timeout))
+        .run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for outcome in &report.outcomes {
+        assert!(routed(outcome) > 0 && stock_runs(outcome) > 0, "{outcome}");
+    }
+}
