@@ -40,6 +40,10 @@ const DECLINED: u8 = 1;
 const READY: u8 = 2;
 const LOST: u8 = 3;
 
+/// Why calls are stock NCCL's to refuse.
+const FINALIZED: u8 = 1;
+const SUSPENDED: u8 = 2;
+
 /// What we learned when the communicator was made, if we saw it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Hints {
@@ -58,7 +62,7 @@ pub struct Communicator {
     hints: Hints,
     told: AtomicBool,
     cancelled: AtomicBool,
-    finalized: AtomicBool,
+    refusing: AtomicU8,
     /// Its calls.
     pub counters: Counters,
 }
@@ -119,12 +123,21 @@ impl Communicator {
 
     /// The caller has finalized it: what follows is stock NCCL's to refuse.
     pub fn finalize(&self) {
-        self.finalized.store(true, Ordering::Release);
+        self.refusing.fetch_or(FINALIZED, Ordering::AcqRel);
     }
 
-    /// Whether it takes calls: neither revoked nor finalized.
+    /// The caller has suspended it, or resumed it.
+    pub fn suspend(&self, suspended: bool) {
+        if suspended {
+            self.refusing.fetch_or(SUSPENDED, Ordering::AcqRel);
+        } else {
+            self.refusing.fetch_and(!SUSPENDED, Ordering::AcqRel);
+        }
+    }
+
+    /// Whether it takes calls: neither revoked nor finalized nor suspended.
     pub fn takes_calls(&self, ready: &Ready) -> bool {
-        !self.finalized.load(Ordering::Relaxed) && !ready.aborted()
+        self.refusing.load(Ordering::Relaxed) == 0 && !ready.aborted()
     }
 
     /// A set-up that ended without a verdict leaves peers waiting: no later call may go on as if it had not begun.

@@ -4,7 +4,7 @@ mod common;
 mod script;
 
 use common::{Door, Job};
-use script::{field, lines_of, ms, one_process, routed};
+use script::{field, lines_of, ms, one_process, routed, stock_runs};
 use twoshot_sim::Topology;
 
 #[test]
@@ -37,6 +37,78 @@ fn communicators_made_again_and_again_start_anew_though_addresses_come_back() {
     report.expect_success().expect_on().expect_nothing_live();
     for rank in 0..2 {
         assert_eq!(report.counters(rank), (32, 0), "{}", report.outcomes[rank]);
+    }
+}
+
+#[test]
+fn communicators_made_through_scalable_initialisation_and_grown_are_routed() {
+    let program = "init scalable=1; allreduce count=100 path=routed; destroy; \
+        init ranks=2 on=0,1; allreduce count=50 on=0,1 path=routed; grow ranks=3; allreduce count=300 path=routed; \
+        allreduce count=40 dtype=i8 op=max path=routed; use comm=0 on=0,1; allreduce count=60 on=0,1 path=routed; \
+        destroy; destroy on=0,1";
+    let report = Job::new(Topology::one_host(3), program).run();
+    report.expect_success().expect_on().expect_nothing_live();
+}
+
+#[test]
+fn the_limit_of_blocks_in_a_communicators_configuration_is_kept() {
+    for (ctas, said) in
+        [("max_ctas=2", "blocks 2,"), ("min_ctas=1 max_ctas=1", "blocks 1,"), ("min_ctas=4", "blocks 4,")]
+    {
+        let program = format!(
+            "init {ctas}; allreduce count=20000 path=routed; split color=0; \
+            allreduce count=20000 path=routed; destroy; destroy"
+        );
+        let report = Job::new(Topology::one_host(2).gpus("sms=4"), &program).door(Door::Preload).run();
+        report.expect_success().expect_on().expect_nothing_live();
+        for (rank, outcome) in report.outcomes.iter().enumerate() {
+            let lines = report.lines(rank);
+            let on: Vec<_> = lines.iter().filter(|line| line.contains(": ON,")).collect();
+            // A child without a configuration has its parent's.
+            assert!(on.len() == 2 && on.iter().all(|line| line.contains(said)), "{ctas}: {outcome}");
+        }
+    }
+}
+
+#[test]
+fn a_suspended_communicator_refuses_calls_as_stock_does_and_a_resumed_one_is_routed_again() {
+    let program = "init; allreduce count=100 path=routed; suspend; expect_error; allreduce count=100; \
+        resume; allreduce count=100 reps=2 path=routed; destroy";
+    let report = Job::new(Topology::one_host(2), program).run();
+    report.expect_success().expect_on().expect_nothing_live();
+}
+
+#[test]
+fn a_call_with_a_configuration_of_its_own_is_stocks_and_may_be_the_first() {
+    let program = "init; allreduce count=100 config=1; allreduce count=100 path=routed; \
+        group_start; allreduce count=20 config=1; allreduce count=30; group_end; split color=0; \
+        group_start; allreduce count=40; allreduce count=50 config=1; allreduce count=60; group_end; destroy; destroy";
+    let report = Job::new(Topology::one_host(3), program).run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for outcome in &report.outcomes {
+        assert_eq!((routed(outcome), stock_runs(outcome)), (4, 3), "{outcome}");
+    }
+}
+
+#[test]
+fn later_communicators_get_smaller_windows_until_the_budget_of_memory_is_used_up() {
+    // Windows of 26 MiB, eight of them whole; the device has room for all that the budget allows.
+    let program = "init; repeat n=70; use comm=0; split color=0; allreduce count=200; end; \
+        random calls=80 comms=71 max=300000 seed=3 dtypes=f32; repeat n=71; destroy; end; \
+        init; allreduce count=1000000 path=routed; destroy";
+    let topology = Topology::one_host(2).gpus("mem=4G");
+    let report = Job::new(topology, program).rank_env(1, "TWOSHOT_MEMORY", "448M").run();
+    report.expect_success().expect_nothing_live();
+    for rank in 0..2 {
+        let lines = report.lines(rank);
+        let sizes: Vec<u64> =
+            lines.iter().filter_map(|line| line.split_once(", memory ")?.1.split(' ').next()?.parse().ok()).collect();
+        let (last, first) = sizes.split_last().expect("communicators that are on");
+        assert!(first.iter().sum::<u64>() <= 450 << 20 && first.len() >= 50, "{sizes:?}");
+        assert!(first.is_sorted_by(|a, b| a >= b) && first[0] > 8 * first[first.len() - 1], "{sizes:?}");
+        assert_eq!(*last, first[0], "what was given back is there again");
+        let off = lines.iter().filter(|line| line.contains("OFF, stock NCCL: memory (rank ")).count();
+        assert_eq!(first.len() + off, 71, "{sizes:?}");
     }
 }
 

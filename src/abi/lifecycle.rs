@@ -230,6 +230,44 @@ pub unsafe extern "C" fn ncclCommFinalize(comm: Comm) -> Code {
     })
 }
 
+/// Suspends or resumes: stock NCCL's answer decides, and while it stands every call is stock NCCL's to refuse.
+fn suspend(comm: Comm, suspended: bool, name: &'static str, call: impl FnOnce(&Functions) -> Option<Code>) -> Code {
+    guard(|| {
+        let stock = match stock() {
+            Ok(stock) => stock,
+            Err(code) => return code,
+        };
+        let Some(result) = inside(call, stock) else { return absent(name) };
+        if result == code::SUCCESS
+            && !transparent()
+            && let Some(communicator) = comm::known(comm as usize)
+        {
+            communicator.suspend(suspended);
+        }
+        result
+    })
+}
+
+/// # Safety
+/// As for this function in NCCL. It gives stock NCCL's memory back; the windows stay.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommSuspend(comm: Comm, flags: c_int) -> Code {
+    suspend(comm, true, "ncclCommSuspend", |nccl| {
+        // SAFETY: the caller's own arguments.
+        nccl.comm_suspend.map(|suspend| unsafe { suspend(comm, flags) })
+    })
+}
+
+/// # Safety
+/// As for this function in NCCL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommResume(comm: Comm) -> Code {
+    suspend(comm, false, "ncclCommResume", |nccl| {
+        // SAFETY: the caller's own argument.
+        nccl.comm_resume.map(|resume| unsafe { resume(comm) })
+    })
+}
+
 /// # Safety
 /// As for this function in NCCL.
 #[unsafe(no_mangle)]
@@ -353,6 +391,8 @@ pub(super) fn targets() -> Vec<(&'static CStr, *const c_void)> {
         (c"ncclCommShrink", ncclCommShrink as *const c_void),
         (c"ncclCommGrow", ncclCommGrow as *const c_void),
         (c"ncclCommFinalize", ncclCommFinalize as *const c_void),
+        (c"ncclCommSuspend", ncclCommSuspend as *const c_void),
+        (c"ncclCommResume", ncclCommResume as *const c_void),
         (c"ncclCommDestroy", ncclCommDestroy as *const c_void),
         (c"ncclCommAbort", ncclCommAbort as *const c_void),
         (c"ncclCommRevoke", ncclCommRevoke as *const c_void),
