@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+OTHERS = [torch.float64, torch.int8, torch.uint8, torch.int32, torch.int64]
+OPERATIONS = ["SUM", "PRODUCT", "MAX", "MIN", "AVG"]
 
 
 def counters(library):
@@ -31,6 +33,25 @@ def reference(seed, ranks, count, dtype):
     total = payload(seed, 0, count, dtype).float()
     for rank in range(1, ranks):
         total += payload(seed, rank, count, dtype).float()
+    return total.to(dtype)
+
+
+def any_payload(seed, rank, count, dtype):
+    if dtype.is_floating_point:
+        return payload(seed, rank, count, dtype)
+    generator = torch.Generator().manual_seed(seed * 1009 + rank)
+    return torch.randint(-(2**40), 2**40, (count,), generator=generator).to(dtype)
+
+
+def folded(seed, ranks, count, dtype, operation):
+    """As docs/numerics.md says: in f32 for f16 and bf16, in rank order, rounded once; integers wrap."""
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    step = {"PRODUCT": torch.mul, "MAX": torch.maximum, "MIN": torch.minimum}.get(operation, torch.add)
+    total = any_payload(seed, 0, count, dtype).to(wide)
+    for rank in range(1, ranks):
+        total = step(total, any_payload(seed, rank, count, dtype).to(wide))
+    if operation == "AVG":
+        total = total / ranks if dtype.is_floating_point else torch.div(total, ranks, rounding_mode="trunc")
     return total.to(dtype)
 
 
@@ -69,6 +90,17 @@ def main():
         if not ok:
             wrong += 1
             print(f"rank {rank}: call {call} {dtype} count {count} offset {offset} is wrong", flush=True)
+
+    # Every operation on every type that torch has.
+    for i, dtype in enumerate(DTYPES + OTHERS):
+        for j, operation in enumerate(OPERATIONS):
+            for count in (1, 77, 20_000):
+                seed = 9000 + 100 * i + 10 * j + count
+                buffer = any_payload(seed, rank, count, dtype).to(device)
+                dist.all_reduce(buffer, op=getattr(dist.ReduceOp, operation))
+                if not same_bits(buffer, folded(seed, ranks, count, dtype, operation)):
+                    wrong += 1
+                    print(f"rank {rank}: {operation} of {dtype}, count {count}, is wrong", flush=True)
 
     # Captured: one graph with three calls, replayed on new data, eager calls of other sizes in between.
     counts = [1000, 70_000, 1]
