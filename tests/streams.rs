@@ -26,6 +26,41 @@ fn several_communicators_on_several_streams_at_once_do_not_starve_each_other() {
     }
 }
 
+/// Ten communicators of the same ranks, each with a call under way on a stream of its own, issued in another order on each
+/// rank. A device holds twelve blocks: what one communicator may take alone, it may not take beside nine others, or the
+/// ranks would wait for blocks that each other's calls hold.
+#[test]
+fn the_launches_of_many_communicators_fit_the_device_in_whatever_order_ranks_issue_them() {
+    let mut program = "init; ".to_owned();
+    for _ in 0..9 {
+        program.push_str("use comm=0; split color=0; ");
+    }
+    for comm in 0..10 {
+        program.push_str(&format!("use comm={comm}; allreduce count=100; "));
+    }
+    program.push_str("barrier; hold; ");
+    for turn in 0..10 {
+        for rank in 0..2 {
+            let comm = if rank == 0 { turn } else { 9 - turn };
+            program.push_str(&format!(
+                "use comm={comm} on={rank}; stream i={comm} on={rank}; \
+                 allreduce count=60000 call={} on={rank}; ",
+                100 + comm
+            ));
+        }
+    }
+    program.push_str("flush; ");
+    program.push_str(&"destroy; ".repeat(10));
+    let report = Job::new(Topology::one_host(2).gpus("sms=6"), &program)
+        .env("TWOSHOT_SIM_DEVICE_BLOCKS", 12)
+        .env("TWOSHOT_TIMEOUT_MS", 15_000)
+        .run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for rank in 0..2 {
+        assert_eq!(report.counters(rank).1, 0, "{}", report.outcomes[rank]);
+    }
+}
+
 #[test]
 fn blocks_that_run_one_after_the_other_shuffled_and_delayed_give_the_same_results() {
     for (max_blocks, seed) in [("1", "1"), ("2", "2"), ("3", "3")] {

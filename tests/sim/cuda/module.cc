@@ -53,6 +53,18 @@ int occupancy(const Kernel& kernel, unsigned threads) {
     return int(std::min({by_threads, by_registers, 32u}));
 }
 
+// The blocks that are free on a device, where it holds TWOSHOT_SIM_DEVICE_BLOCKS at once, whatever launches they are of.
+std::atomic<int>* room_of(GpuId gpu) {
+    static const int held = int(number("TWOSHOT_SIM_DEVICE_BLOCKS"));
+    if (!held) return nullptr;
+    static std::mutex mutex;
+    static auto* rooms = new std::map<std::pair<int, int>, std::atomic<int>*>;
+    std::lock_guard<std::mutex> lock(mutex);
+    std::atomic<int>*& room = (*rooms)[{gpu.host, gpu.gpu}];
+    if (!room) room = new std::atomic<int>(held);
+    return room;
+}
+
 // How the executor is to run a launch of this process: in order, or in an order
 // drawn from the seed, the rank and the launch's number.
 Launch plan(const Kernel& kernel, GpuId gpu, unsigned grid, unsigned block) {
@@ -65,6 +77,7 @@ Launch plan(const Kernel& kernel, GpuId gpu, unsigned grid, unsigned block) {
     unsigned resident = unsigned(occupancy(kernel, block) * topology().gpu(gpu).sms);
     if (cap) resident = std::min(resident, unsigned(cap));
     launch.resident_blocks = std::max(resident, 1u);
+    launch.room = room_of(gpu);
     launch.delay_us = unsigned(delay);
     if (shuffle) {
         uint64_t x = seed * 0x9E3779B97F4A7C15u + uint64_t(session().rank + 1) * 0xBF58476D1CE4E5B9u + ++launches;

@@ -33,6 +33,16 @@ struct Fiber {
   Block* block;
 };
 
+// As many free blocks as there are, up to `most`.
+unsigned take(std::atomic<int>& room, unsigned most) {
+  int free = room.load();
+  while (free > 0) {
+    const int taken = std::min(free, static_cast<int>(most));
+    if (room.compare_exchange_weak(free, free - taken)) return static_cast<unsigned>(taken);
+  }
+  return 0;
+}
+
 void sleep_us(uint64_t us) {
   const timespec time = {static_cast<time_t>(us / 1000000), static_cast<long>(us % 1000000 * 1000)};
   nanosleep(&time, nullptr);
@@ -54,11 +64,13 @@ class Executor {
     fibers_.resize(size_t{slots} * launch_.block);
     order_.resize(fibers_.size());
     for (size_t i = 0; i < order_.size(); i++) order_[i] = i;
-    for (unsigned slot = 0; slot < slots; slot++) admit(blocks_[slot], size_t{slot} * launch_.block);
+    for (Fiber& fiber : fibers_) fiber.state = State::kDone;
+    grow(slots);
 
     unsigned idle = 0;
     while (returned_ < launch_.grid) {
       const uint64_t before = progress_;
+      grow(slots);
       pass();
       idle = progress_ == before ? idle + 1 : 0;
       if (idle > 16) {
@@ -67,7 +79,7 @@ class Executor {
         sched_yield();
       }
     }
-    for (size_t i = 0; i < fibers_.size(); i++) stacks_.check(i);
+    for (size_t i = 0; i < size_t{admitted_} * launch_.block; i++) stacks_.check(i);
   }
 
   // ---- called by fibers ----
@@ -102,6 +114,14 @@ class Executor {
 
  private:
   static void enter();
+
+  // Admits blocks that have not begun as far as the device has room for them.
+  void grow(unsigned slots) {
+    unsigned more = std::min(slots - admitted_, launch_.grid - started_);
+    if (more == 0) return;
+    if (launch_.room != nullptr) more = take(*launch_.room, more);
+    for (; more > 0; more--, admitted_++) admit(blocks_[admitted_], size_t{admitted_} * launch_.block);
+  }
 
   void admit(Block& block, size_t first) {
     block = Block{started_++, launch_.block, 0, first};
@@ -142,7 +162,11 @@ class Executor {
       return;
     }
     returned_++;
-    if (started_ < launch_.grid) admit(block, block.first);
+    if (started_ < launch_.grid) {
+      admit(block, block.first);
+    } else if (launch_.room != nullptr) {
+      launch_.room->fetch_add(1);
+    }
   }
 
   const Kernel& kernel_;
@@ -156,7 +180,7 @@ class Executor {
   std::vector<size_t> order_;
   void* scheduler_ = nullptr;
   size_t current_ = 0;
-  unsigned started_ = 0, returned_ = 0;
+  unsigned started_ = 0, returned_ = 0, admitted_ = 0;
   uint64_t progress_ = 0;
 };
 

@@ -2,6 +2,7 @@
 // addresses of this process. Who includes this: the software driver (libcuda.so.1) and the self-test.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -13,6 +14,7 @@ struct Launch {
   unsigned resident_blocks;  // blocks that run at the same time; the next starts when one ends. 0: all
   uint64_t seed;             // 0: threads in order; else their order, preemption and tearing of stores are drawn from it
   unsigned delay_us;         // with a seed: sleeps of up to this long at the start and now and then after it
+  std::atomic<int>* room = nullptr;  // free blocks of the device, shared by its launches. nullptr: enough for all
 };
 
 struct Kernel {
