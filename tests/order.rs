@@ -53,6 +53,15 @@ fn a_program_on_one_stream_makes_no_event_for_its_stock_operations() {
     }
 }
 
+#[test]
+fn a_stream_that_is_destroyed_behind_a_stock_operation_does_not_fail_the_next_call() {
+    let program = "init; allreduce count=10; stream i=1; allreduce count=10 op=premulsum; drop_stream; \
+        allreduce count=20 reps=2 path=routed; stream i=1; allreduce count=10 op=premulsum; drop_stream; \
+        allreduce count=20 reps=2 path=routed; destroy; release";
+    let report = Job::new(Topology::one_host(2), program).run();
+    report.expect_success().expect_on().expect_nothing_live();
+}
+
 /// Three communicators that overlap, three streams, ranks that are late at random, routed and stock calls of all types.
 #[test]
 fn three_overlapping_communicators_on_three_streams_stay_right_under_random_delays() {

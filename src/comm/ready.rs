@@ -159,8 +159,15 @@ impl Ready {
             return Ok(());
         };
         order.several = true;
-        if std::mem::take(&mut order.unmarked) {
-            self.last.record(last)?;
+        if std::mem::take(&mut order.unmarked)
+            && let Err(error) = self.last.record(last)
+        {
+            // The stream is gone, and with it the way to wait for what was on it.
+            warning!(
+                self.device(),
+                "a stream was destroyed behind a call of stock NCCL, which is not waited for: {error}"
+            );
+            return Ok(());
         }
         self.last.hold(stream)
     }

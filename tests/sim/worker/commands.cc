@@ -221,6 +221,13 @@ bool Driver::dispatch(const Statement& s) {
       }
       lane->stream = index;
     }
+  } else if (n == "drop_stream") {
+    for (Lane* lane : concerned(s)) {
+      use_lane(*lane);
+      accept_cuda(cuStreamDestroy_v2(lane->streams.back()), "cuStreamDestroy");
+      lane->streams.pop_back();
+      lane->stream = 0;
+    }
   } else if (n == "sync") {
     for (Lane* lane : concerned(s)) accept(sync(*lane), "sync");
   } else if (n == "release") {
