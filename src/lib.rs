@@ -9,6 +9,7 @@
 //!           domain      merge of all ranks' facts: pure      decline   why not
 //!           exchange    votes                                wire      the blobs: pure
 //!           layout      where every byte lies: pure          table     cross-over: pure
+//!           budget      what communicators of one device share
 //!           config      the environment, parsed once         call      one call as a value
 //!           counters    calls by route and size              stats     what they mean: pure
 //!           record      the counters as a file

@@ -90,7 +90,7 @@ fn matrix(limits: Limits, share: Share) -> Matrix {
                     statement += 1;
                     // Neighbouring statements differ in their placement, so that every world meets every mode of every
                     // type and operation.
-                    if (statement + t + o + m + share.world) % share.stride != 0 {
+                    if !(statement + t + o + m + share.world).is_multiple_of(share.stride) {
                         continue;
                     }
                     // Eight bytes of payload in a line of sixteen, or all of it.

@@ -351,7 +351,7 @@ fn round_to_byte(value: f32, most: u8, decode: impl Fn(u8) -> f32) -> u64 {
         std::cmp::Ordering::Less => below,
         std::cmp::Ordering::Greater => above,
         std::cmp::Ordering::Equal => {
-            if below % 2 == 0 {
+            if below.is_multiple_of(2) {
                 below
             } else {
                 above

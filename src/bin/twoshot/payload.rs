@@ -61,7 +61,7 @@ impl Payload {
             1 => dtype.bits(-0.0),
             // A product of many numbers stays near 1 if they are below and above it in turn.
             _ if self.what.op == Op::Prod => {
-                let magnitude = if rank % 2 == 0 { 1.5 + unit / 2.0 } else { 0.75 + unit / 4.0 };
+                let magnitude = if rank.is_multiple_of(2) { 1.5 + unit / 2.0 } else { 0.75 + unit / 4.0 };
                 dtype.bits(magnitude.copysign(if random >> 55 & 1 == 0 { 1.0 } else { -1.0 }))
             }
             // The smallest subnormals.
