@@ -15,6 +15,24 @@ const char *twoshot_version(void);
  * and over all communicators. Either pointer may be null. Returns 0. */
 int twoshot_counters(uint64_t *routed, uint64_t *stock);
 
+/* What a communicator's ranks agreed on. */
+struct twoshot_communicator {
+  uint32_t size;      /* set by the caller: sizeof(struct twoshot_communicator) */
+  uint32_t state;     /* 0 not set up yet, 1 on, 2 off (stock NCCL), 3 lost; what follows is 0 unless it is on */
+  uint32_t ranks;
+  uint32_t hosts;
+  uint32_t arch;      /* lowest compute capability, 90 for 9.0 */
+  uint32_t nccl;      /* minor release of stock NCCL, 228 for 2.28; 0 where the ranks have different ones */
+  uint32_t multicast; /* 1 where all ranks have it */
+  uint32_t blocks;    /* most thread blocks of a launch */
+  uint64_t oneshot_bytes; /* largest payload of one-shot, of two-shot; above it calls are stock NCCL's */
+  uint64_t twoshot_bytes;
+};
+
+/* Describes a communicator (an ncclComm_t). Fields beyond the caller's size are left out. Returns 0, or
+ * ncclInvalidArgument. */
+int twoshot_describe(void *comm, struct twoshot_communicator *out);
+
 #ifdef __cplusplus
 }
 #endif

@@ -13,14 +13,15 @@ use parking_lot::Mutex;
 
 use crate::config::Config;
 use crate::counters::Counters;
-use crate::domain::Declined;
+use crate::domain::{Declined, Tuned};
 use crate::driver::Context;
-use crate::driver::Fault;
+use crate::driver::{Fault, nvtx};
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
 use crate::setup::{Established, Request, establish};
 use crate::stats::Standing;
-use crate::{info, warning};
+use crate::table::Source;
+use crate::{info, tuning, warning};
 pub use ready::{Buffers, Ready};
 
 /// What a call of a communicator finds.
@@ -154,12 +155,21 @@ impl Communicator {
 
     /// Sets it up with its peers and latches the outcome: no later call tries again.
     ///
-    /// `context` is the device's, or why there is none.
-    pub fn set_up(&self, exchange: &mut dyn Exchange, device: i32, context: Result<Arc<Context>>) -> Result<()> {
+    /// `context` is the device's, or why there is none; `nccl` the version code of stock NCCL.
+    pub fn set_up(
+        &self,
+        exchange: &mut dyn Exchange,
+        device: i32,
+        context: Result<Arc<Context>>,
+        nccl: i32,
+    ) -> Result<()> {
         let config = Config::get();
-        let request = Request { device, max_blocks: self.hints.max_blocks, non_blocking: self.hints.non_blocking };
+        let Hints { max_blocks, non_blocking } = self.hints;
+        let request = Request { device, max_blocks, non_blocking, nccl: tuning::band(nccl) };
         let (rank, ranks) = (exchange.rank(), exchange.ranks());
         self.counters.identify(device, rank, ranks);
+        nvtx::prepare(config.nvtx.as_deref());
+        let _range = nvtx::range(c"twoshot: set-up of a communicator");
         let ours = context.as_ref().ok().map(Arc::clone);
         let mut reason = None;
         let outcome = establish(exchange, context, request, config).map(|verdict| match (verdict, ours) {
@@ -195,10 +205,17 @@ fn log_on(device: i32, rank: u32, established: &Established) {
     let agreement = &established.agreement;
     let multicast = if established.workspace.has_multicast() { "multicast" } else { "unicast" };
     let table = established.row.source.name();
+    let remark = match established.tuned {
+        Tuned::Agreed if established.row.source != Source::File => {
+            " (the tuning file has no row for this world)".into()
+        }
+        Tuned::Ignored { rank } => format!(" (tuning files ignored: rank {rank}'s is unusable or not rank 0's)"),
+        _ => String::new(),
+    };
     info!(
         device,
         "rank {rank}/{}: ON, {} host(s), {multicast}, handles {:?}, one-shot to {} B, two-shot to {} B, blocks {}, \
-         memory {} B, table: {table}",
+         memory {} B, table: {table}{remark}",
         agreement.ranks,
         established.hosts,
         established.handle,

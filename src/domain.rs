@@ -24,7 +24,38 @@ pub struct Domain {
     pub blocks: u32,
     /// Every rank can and wants multicast.
     pub multicast: bool,
+    /// Minor release of stock NCCL; 0 where the ranks have different ones.
+    pub nccl: u32,
+    /// What the ranks make of their tuning files.
+    pub tuned: Tuned,
 }
+
+/// The common verdict on tuning files.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Tuned {
+    /// No rank has one.
+    Unset,
+    /// All ranks have the same one.
+    Agreed,
+    /// This rank is the first whose file cannot be used or is not rank 0's: no rank uses any.
+    Ignored {
+        /// Which one.
+        rank: u32,
+    },
+}
+
+/// `facts` of all ranks.
+fn tuned(facts: &[Facts]) -> Tuned {
+    let first = facts.first().map_or(0, |facts| facts.tuning);
+    match (0u32..).zip(facts).find(|(_, facts)| facts.tuning == UNUSABLE || facts.tuning != first) {
+        Some((rank, _)) => Tuned::Ignored { rank },
+        None if first == 0 => Tuned::Unset,
+        None => Tuned::Agreed,
+    }
+}
+
+/// [`Facts::tuning`] of a file that cannot be used.
+pub const UNUSABLE: u64 = 1;
 
 /// Why there is no domain.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -102,6 +133,8 @@ pub fn merge(blobs: &[Blob]) -> Result<Domain, Declined> {
         arch: facts.iter().map(|f| f.arch).min().unwrap_or(0),
         blocks: facts.iter().map(|f| f.blocks).min().unwrap_or(1).max(1),
         multicast: facts.iter().all(|f| f.multicast),
+        nccl: if facts.iter().all(|f| f.nccl == first.nccl) { first.nccl } else { 0 },
+        tuned: tuned(&facts),
         facts,
     })
 }
@@ -201,6 +234,32 @@ mod tests {
         facts[3].multicast = false;
         let domain = merged(&facts).unwrap();
         assert_eq!((domain.blocks, domain.multicast), (24, false));
+    }
+
+    #[test]
+    fn a_tuning_file_counts_only_where_all_ranks_have_the_same_one() {
+        let voted = |tuning: [u64; 4]| {
+            let mut facts = two_hosts();
+            facts.iter_mut().zip(tuning).for_each(|(facts, tuning)| facts.tuning = tuning);
+            merged(&facts).unwrap().tuned
+        };
+        assert_eq!(voted([0; 4]), Tuned::Unset);
+        assert_eq!(voted([7; 4]), Tuned::Agreed);
+        assert_eq!(voted([7, 7, 8, 7]), Tuned::Ignored { rank: 2 });
+        assert_eq!(voted([7, 0, 7, 7]), Tuned::Ignored { rank: 1 });
+        assert_eq!(voted([0, 0, 0, 7]), Tuned::Ignored { rank: 3 });
+        assert_eq!(voted([UNUSABLE, 7, 7, 7]), Tuned::Ignored { rank: 0 });
+        assert_eq!(voted([UNUSABLE; 4]), Tuned::Ignored { rank: 0 });
+        assert_eq!(voted([7, UNUSABLE, 7, 7]), Tuned::Ignored { rank: 1 });
+    }
+
+    #[test]
+    fn different_releases_of_nccl_are_no_release() {
+        let mut facts = two_hosts();
+        facts.iter_mut().for_each(|facts| facts.nccl = 228);
+        assert_eq!(merged(&facts).unwrap().nccl, 228);
+        facts[1].nccl = 230;
+        assert_eq!(merged(&facts).unwrap().nccl, 0);
     }
 
     #[test]

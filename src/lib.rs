@@ -12,7 +12,9 @@
 //!           budget      what communicators of one device share
 //!           config      the environment, parsed once         call      one call as a value
 //!           counters    calls by route and size              stats     what they mean: pure
-//!           record      the counters as a file
+//!           tuning      measured cross-overs: pure           model     predicted ones: pure
+//!           record      the counters as a file               log       lines in NCCL's shape
+//!           error       what went wrong, as an NCCL code
 //! machine   workspace   allocate, export, import, map, fill: the only place that knows the order
 //!           handoff     descriptors between processes        steps     work under a deadline
 //!           driver/     the CUDA driver and NVML behind owner types
@@ -37,11 +39,13 @@ pub mod handoff;
 pub mod intercept;
 pub mod layout;
 pub mod log;
+pub mod model;
 pub mod record;
 pub mod route;
 pub mod setup;
 pub mod stats;
 pub mod steps;
 pub mod table;
+pub mod tuning;
 pub mod wire;
 pub mod workspace;

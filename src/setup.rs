@@ -12,12 +12,13 @@ mod probe;
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::budget::Memory;
 use crate::config::Config;
 use crate::decline::Decline;
-use crate::domain::{Declined, Domain, merge};
+use crate::domain::{Declined, Domain, Tuned, merge};
 use crate::driver::{Context, Device, Event, HandleType, Kernels, Module, Shareable, multicast_granularity};
 use crate::error::{Error, Result};
 use crate::exchange::{Exchange, vote};
@@ -26,9 +27,9 @@ use crate::layout::Layout;
 use crate::route::Agreement;
 use crate::steps::bounded;
 use crate::table::{Row, World, row};
-use crate::trace;
 use crate::wire::Step;
 use crate::workspace::{Own, PeerHandle, Workspace, allocate};
+use crate::{trace, warning};
 
 use known_answer::Checked;
 pub use probe::{HostIdentity, build, overridden};
@@ -47,8 +48,12 @@ pub struct Established {
     pub hosts: u32,
     /// Bytes of this rank's window.
     pub window_bytes: u64,
+    /// What the cross-over table was asked.
+    pub world: World,
     /// The cross-over row in force.
     pub row: Row,
+    /// What the ranks made of their tuning files.
+    pub tuned: Tuned,
     /// How handles travelled.
     pub handle: HandleType,
     /// Blocks of the largest size that the device holds at once.
@@ -66,6 +71,8 @@ pub struct Request {
     pub max_blocks: Option<u32>,
     /// The communicator does not block its caller.
     pub non_blocking: bool,
+    /// Minor release of stock NCCL.
+    pub nccl: u32,
 }
 
 /// The common verdict.
@@ -139,6 +146,7 @@ pub fn establish(
         Ok(domain) => domain,
         Err(declined) => return Ok(Err(declined)),
     };
+    say_tuned(&domain, rank, config, request.device);
     let context = &context?;
     let mut ballot = Ballot { exchange, device: request.device };
 
@@ -197,7 +205,7 @@ pub fn establish(
     }
     drop(desk);
 
-    let Plan { agreement, row } = plan;
+    let Plan { agreement, world, row } = plan;
     // A workspace that failed stays until all have spoken: peers' kernels may still store into it.
     let (local, failed) = match known_answer::check(context, workspace, kernels, agreement, rank, deadline) {
         Ok(Ok(checked)) => (Ok(checked), None),
@@ -218,7 +226,9 @@ pub fn establish(
         last,
         hosts: domain.hosts,
         window_bytes,
+        world,
         row,
+        tuned: domain.tuned,
         handle: domain.handle,
         capacity: prepared.capacity,
         memory: prepared.memory,
@@ -285,8 +295,22 @@ fn prepare(context: &Arc<Context>, domain: &Domain, rank: u32, config: &Config, 
     Ok(prepared)
 }
 
+/// The rank whose tuning file keeps all ranks from using theirs says so, once in a process.
+fn say_tuned(domain: &Domain, rank: u32, config: &Config, device: i32) {
+    static SAID: AtomicBool = AtomicBool::new(false);
+    if domain.tuned != (Tuned::Ignored { rank }) || SAID.swap(true, Ordering::Relaxed) {
+        return;
+    }
+    match &config.tuning {
+        Some(Err(why)) => warning!(device, "{why}: no rank uses a tuning file"),
+        Some(Ok(_)) => warning!(device, "TWOSHOT_TUNING_FILE differs from rank 0's: no rank uses a tuning file"),
+        None => warning!(device, "TWOSHOT_TUNING_FILE is not set on rank {rank}: no rank uses a tuning file"),
+    }
+}
+
 struct Plan {
     agreement: Agreement,
+    world: World,
     row: Row,
 }
 
@@ -298,7 +322,12 @@ const MEMORY: u64 = 512 << 20;
 fn plan(domain: &Domain, config: &Config, resident: u32, memory: u64) -> Option<Plan> {
     use crate::layout::Algorithm;
     let ranks = domain.facts.len() as u32;
-    let row = row(World { ranks, arch: domain.arch, multicast: domain.multicast });
+    let Domain { arch, multicast, hosts, nccl, .. } = *domain;
+    let world = World { ranks, arch, multicast, hosts, nccl };
+    let row = match (domain.tuned, &config.tuning) {
+        (Tuned::Agreed, Some(Ok(tuning))) => tuning.row(world).unwrap_or_else(|| row(world)),
+        _ => row(world),
+    };
     let twoshot = config.max_bytes.unwrap_or(row.twoshot_bytes);
     let oneshot = config.oneshot_max_bytes.unwrap_or(row.oneshot_bytes).min(twoshot);
     let (mut oneshot_bytes, mut twoshot_bytes) = match config.algorithm {
@@ -325,7 +354,7 @@ fn plan(domain: &Domain, config: &Config, resident: u32, memory: u64) -> Option<
     }
     let blocks = row.blocks.min(domain.blocks).min(resident).max(1);
     let agreement = Agreement { ranks, layout, min_bytes: config.min_bytes, oneshot_bytes, twoshot_bytes, blocks };
-    Some(Plan { agreement, row })
+    Some(Plan { agreement, world, row })
 }
 
 fn share(

@@ -1,8 +1,10 @@
 //! The cross-over table: up to which payload each algorithm is taken, and with how many blocks.
 //!
-//! Measured rows come from `benchmarks/` and name their source; every other world gets a row from the same
-//! rule, marked as unmeasured, and the log line of a communicator says which it is.
+//! Measured rows come from `benchmarks/` and name their source; every other world gets a row from the cost model,
+//! marked as unmeasured, and the log line of a communicator says which it is. A tuning file replaces both.
 #![forbid(unsafe_code)]
+
+mod modelled;
 
 /// What the table is asked: facts every rank of a communicator shares after the vote.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -13,6 +15,10 @@ pub struct World {
     pub arch: u32,
     /// Whether the windows are bound to a multicast object.
     pub multicast: bool,
+    /// Hosts among the ranks.
+    pub hosts: u32,
+    /// Minor release of stock NCCL ([`crate::tuning::band`]), 0 where the ranks have different ones.
+    pub nccl: u32,
 }
 
 /// One row: the payload limits in bytes and the block budget.
@@ -33,8 +39,10 @@ pub struct Row {
 pub enum Source {
     /// Measured with the prototype of these kernels, with more blocks than are taken here.
     Prototype,
-    /// The rule.
-    Rule,
+    /// Computed by [`crate::model`], which was fitted to the prototype's times.
+    Model,
+    /// The user's tuning file.
+    File,
 }
 
 impl Source {
@@ -42,7 +50,8 @@ impl Source {
     pub fn name(self) -> &'static str {
         match self {
             Self::Prototype => "prototype",
-            Self::Rule => "rule, unmeasured world",
+            Self::Model => "model, unmeasured world",
+            Self::File => "tuning file",
         }
     }
 }
@@ -59,16 +68,13 @@ const MIB: u64 = 1 << 20;
 /// The row of a world. Total: every number of ranks gets an answer.
 ///
 /// One-shot moves `ranks - 1` payloads over every rank's link, two-shot about two payloads but pays a second
-/// hop. On 2 and 4 H100 (unicast) the curves cross at 1 MiB and between 128 and 256 KiB: about 512 KiB of
-/// one-shot traffic per rank, the rule used for all other worlds. TensorRT-LLM and FlashInfer switch by the same
-/// product (1 MiB and 512 KiB of total one-shot traffic).
+/// hop. On 2 and 4 H100 (unicast) the curves cross at 1 MiB and between 128 and 256 KiB.
 pub fn row(world: World) -> Row {
-    let peers = u64::from(world.ranks.max(2)) - 1;
     let hopper_unicast = world.arch / 10 == 9 && !world.multicast;
     let (oneshot_bytes, source) = match world.ranks {
         2 if hopper_unicast => (512 * KIB, Source::Prototype),
         4 if hopper_unicast => (128 * KIB, Source::Prototype),
-        _ => ((512 * KIB / peers).clamp(8 * KIB, 512 * KIB) / KIB * KIB, Source::Rule),
+        _ => return modelled::row(world),
     };
     Row { oneshot_bytes, twoshot_bytes: 4 * MIB, blocks: BLOCKS, source }
 }
@@ -82,7 +88,7 @@ mod tests {
         for ranks in 0..=1024 {
             for arch in [80, 90, 100, 103, 120] {
                 for multicast in [false, true] {
-                    let row = row(World { ranks, arch, multicast });
+                    let row = row(World { ranks, arch, multicast, hosts: 1, nccl: 228 });
                     assert!(row.oneshot_bytes <= row.twoshot_bytes, "{ranks} {row:?}");
                     assert!(row.oneshot_bytes >= 8 * KIB && row.blocks >= 1);
                 }

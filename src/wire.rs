@@ -27,6 +27,10 @@ pub struct Facts {
     pub config: u64,
     /// Digest of the library's version.
     pub build: u64,
+    /// The tuning file: 0 none, 1 one that cannot be used, else its digest.
+    pub tuning: u64,
+    /// Minor release of stock NCCL.
+    pub nccl: u32,
     /// Identity of the host.
     pub host: [u8; 16],
     /// Identity of the process, random.
@@ -209,6 +213,7 @@ impl Facts {
     pub fn encode(&self) -> Blob {
         let mut writer = Writer::new(FACTS);
         writer.u32(self.ranks).u32(self.rank).declined(self.declined).u64(self.config).u64(self.build);
+        writer.u64(self.tuning).u32(self.nccl);
         writer.bytes(&self.host).bytes(&self.process).bytes(&self.gpu).bytes(&self.bus_id);
         writer.u32(self.arch).u32(self.blocks);
         writer.flag(self.vmm).flag(self.fd_handles).flag(self.fabric_handles).flag(self.multicast);
@@ -226,6 +231,8 @@ impl Facts {
             declined: r.declined()?,
             config: r.u64()?,
             build: r.u64()?,
+            tuning: r.u64()?,
+            nccl: r.u32()?,
             host: r.take()?,
             process: r.take()?,
             gpu: r.take()?,

@@ -56,7 +56,7 @@ pub(super) fn set_up(
             let own = context.as_ref().ok().map(Arc::clone);
             let mut exchange =
                 StockExchange::new(stock, (communicator, comm), device, (rank, ranks), own, stream, deadline)?;
-            communicator.set_up(&mut exchange, device, context)
+            communicator.set_up(&mut exchange, device, context, stock.version)
         },
         stock,
     );

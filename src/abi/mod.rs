@@ -7,6 +7,8 @@ mod lifecycle;
 mod net;
 mod report;
 
+pub use report::Description;
+
 use std::cell::Cell;
 use std::ffi::{CStr, c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,6 +33,8 @@ pub mod code {
     pub const SYSTEM: Code = 2;
     /// `ncclInternalError`.
     pub const INTERNAL: Code = 3;
+    /// `ncclInvalidArgument`.
+    pub const ARGUMENT: Code = 4;
     /// `ncclInvalidUsage`.
     pub const USAGE: Code = 5;
     /// `ncclRemoteError`.

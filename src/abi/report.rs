@@ -2,7 +2,10 @@
 
 use std::ffi::{c_char, c_int};
 
+use super::code;
+use crate::comm::{self, State};
 use crate::counters;
+use crate::intercept::Comm;
 
 /// Writes how many AllReduce calls of this process ran in our kernels and how many in stock NCCL. Either pointer may
 /// be null. Returns 0.
@@ -26,4 +29,79 @@ pub unsafe extern "C" fn twoshot_counters(routed: *mut u64, stock: *mut u64) -> 
 pub extern "C" fn twoshot_version() -> *const c_char {
     const TEXT: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
     TEXT.as_ptr().cast()
+}
+
+/// `struct twoshot_communicator`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Description {
+    /// Bytes of this structure that the caller knows.
+    pub size: u32,
+    /// 0 not set up yet, 1 on, 2 off, 3 lost. What follows is zero unless it is on.
+    pub state: u32,
+    /// Ranks of the communicator.
+    pub ranks: u32,
+    /// Hosts among them.
+    pub hosts: u32,
+    /// Lowest compute capability.
+    pub arch: u32,
+    /// Minor release of stock NCCL, 228 for 2.28; 0 where the ranks have different ones.
+    pub nccl: u32,
+    /// Whether the ranks have multicast.
+    pub multicast: u32,
+    /// Most blocks of a launch.
+    pub blocks: u32,
+    /// Largest payload of one-shot.
+    pub oneshot_bytes: u64,
+    /// Largest payload of two-shot.
+    pub twoshot_bytes: u64,
+}
+
+/// What is known of a communicator; nothing is made known or set up by asking.
+fn describe(comm: usize) -> Description {
+    let size = size_of::<Description>() as u32;
+    let Some(communicator) = comm::known(comm) else { return Description { size, ..Description::default() } };
+    let ready = match communicator.state() {
+        State::New => return Description { size, ..Description::default() },
+        State::Declined => return Description { size, state: 2, ..Description::default() },
+        State::Lost => return Description { size, state: 3, ..Description::default() },
+        State::Ready(ready) => ready,
+    };
+    let (world, agreement) = (ready.world(), ready.agreement());
+    Description {
+        size,
+        state: 1,
+        ranks: world.ranks,
+        hosts: world.hosts,
+        arch: world.arch,
+        nccl: world.nccl,
+        multicast: u32::from(world.multicast),
+        blocks: agreement.blocks,
+        oneshot_bytes: agreement.oneshot_bytes,
+        twoshot_bytes: agreement.twoshot_bytes,
+    }
+}
+
+/// Describes a communicator as far as the caller's `size` reaches. Returns `ncclInvalidArgument` for null pointers or a
+/// size that is too small, else 0.
+///
+/// # Safety
+/// `out` is null or valid for as many bytes as its `size` says, which is at least that of the first field.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn twoshot_describe(comm: Comm, out: *mut Description) -> c_int {
+    if comm.is_null() || out.is_null() {
+        return code::ARGUMENT;
+    }
+    // SAFETY: the caller's promise; the first field alone is read.
+    let room = unsafe { (&raw const (*out).size).read() } as usize;
+    if room < size_of::<u32>() * 2 {
+        return code::ARGUMENT;
+    }
+    super::guard(|| {
+        let described = describe(comm as usize);
+        let bytes = room.min(size_of::<Description>());
+        // SAFETY: the caller's promise: `room` bytes; a plain structure of as many bytes or more is copied.
+        unsafe { std::ptr::copy_nonoverlapping((&raw const described).cast::<u8>(), out.cast::<u8>(), bytes) };
+        code::SUCCESS
+    })
 }

@@ -1,6 +1,7 @@
 //! A communicator whose calls are routed: launches in issue order, faults, and the end.
 #![forbid(unsafe_code)]
 
+use std::ffi::CStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -10,14 +11,24 @@ use parking_lot::Mutex;
 use crate::budget::{Memory, blocks};
 use crate::config::Config;
 use crate::driver::{
-    Args, Context, Event, Fault, Kernels, Launch, RawStream, bury, capture_of, dependent_launch, order_behind,
+    Args, Context, Event, Fault, Kernels, Launch, RawStream, bury, capture_of, dependent_launch, nvtx, order_behind,
     retain_for_graph, with_relaxed_capture,
 };
 use crate::error::Result;
+use crate::layout::Algorithm;
 use crate::route::{Agreement, Plan, grid};
 use crate::setup::Established;
+use crate::table::World;
 use crate::warning;
 use crate::workspace::Workspace;
+
+/// What a profiler shows a launch as.
+fn range_name(algorithm: Algorithm) -> &'static CStr {
+    match algorithm {
+        Algorithm::OneShot => c"twoshot: AllReduce, one-shot",
+        Algorithm::TwoShot => c"twoshot: AllReduce, two-shot",
+    }
+}
 
 /// The addresses of one call, and where it is queued.
 #[derive(Clone, Copy, Debug)]
@@ -67,6 +78,7 @@ const PROGRAMMATIC: u32 = 2;
 pub struct Ready {
     args: Args,
     agreement: Agreement,
+    world: World,
     dependent: bool,
     order: Mutex<Order>,
     last: Event,
@@ -82,12 +94,13 @@ pub struct Ready {
 impl Ready {
     /// Takes over what set-up established.
     pub fn new(context: Arc<Context>, established: Established, rank: u32, config: &Config) -> Self {
-        let Established { agreement, kernels, workspace, last, capacity, memory, .. } = established;
+        let Established { agreement, world, kernels, workspace, last, capacity, memory, .. } = established;
         let timeout_ns = config.timeout_ms.saturating_mul(1_000_000);
         ready_on(&context).fetch_add(1, Ordering::Relaxed);
         Self {
             args: workspace.args(&agreement, rank, timeout_ns),
             agreement,
+            world,
             dependent: dependent_launch(),
             order: Mutex::default(),
             last,
@@ -102,6 +115,11 @@ impl Ready {
     /// What the ranks agreed on.
     pub fn agreement(&self) -> &Agreement {
         &self.agreement
+    }
+
+    /// What the cross-over table was asked.
+    pub fn world(&self) -> &World {
+        &self.world
     }
 
     /// This rank.
@@ -124,6 +142,7 @@ impl Ready {
     pub fn launch(self: &Arc<Self>, plan: Plan, buffers: Buffers) -> Result<()> {
         let args = Args { in_: buffers.input, out: buffers.output, count: buffers.count, ..self.args };
         let stream = buffers.stream;
+        let _range = nvtx::range(range_name(plan.algorithm));
         let _entered = self.context.enter()?;
         let communicators = ready_on(&self.context).load(Ordering::Relaxed);
         let mut dependent = self.dependent && communicators <= PROGRAMMATIC;

@@ -8,10 +8,12 @@ mod parse;
 mod variables;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::layout::Algorithm;
+use crate::tuning::{self, Tuning};
 use parse::{bytes, choice, integer, switch, text};
 pub use variables::{VARIABLES, Variable};
 
@@ -58,6 +60,12 @@ pub struct Config {
     pub shared_gpu: bool,
     /// `TWOSHOT_STATS`: where the counters are written.
     pub stats: Option<PathBuf>,
+    /// `NVTX_INJECTION64_PATH`: the library of a profiler that wants to know of ranges.
+    pub nvtx: Option<PathBuf>,
+    /// `TWOSHOT_TUNING_FILE`.
+    pub tuning_file: Option<PathBuf>,
+    /// What it says, or in one line why it cannot be used; nothing where there is none or it was not read yet.
+    pub tuning: Option<Result<Tuning, String>>,
     /// What the user's NCCL variables forbid, in the user's own words.
     pub forbidden: Option<&'static str>,
     /// `NCCL_MNNVL_ENABLE` is not 0: host-spanning communicators may use the fabric.
@@ -77,6 +85,7 @@ impl Config {
         CONFIG.get_or_init(|| {
             Self::parse(|name| std::env::var_os(name))
                 .unwrap_or_else(|error| Self { invalid: Some(error.to_string()), ..Self::default() })
+                .with_tuning(tuning::read)
         })
     }
 
@@ -108,6 +117,9 @@ impl Config {
             host_id: string(var, "TWOSHOT_HOST_ID"),
             shared_gpu: switch(var, "TWOSHOT_SHARED_GPU")?.unwrap_or(false),
             stats: text(var, "TWOSHOT_STATS").map(PathBuf::from),
+            nvtx: text(var, "NVTX_INJECTION64_PATH").map(PathBuf::from),
+            tuning_file: text(var, "TWOSHOT_TUNING_FILE").map(PathBuf::from),
+            tuning: None,
             forbidden: forbidden(var),
             mnnvl: nccl_switch(var, "NCCL_MNNVL_ENABLE").unwrap_or(true),
             mnnvl_uuid: nccl_number(var, "NCCL_MNNVL_UUID"),
@@ -116,8 +128,23 @@ impl Config {
         })
     }
 
+    /// Reads the tuning file, if there is one.
+    #[must_use]
+    pub fn with_tuning(mut self, read: impl Fn(&Path) -> io::Result<Vec<u8>>) -> Self {
+        self.tuning = self.tuning_file.as_ref().map(|path| {
+            let bytes = read(path).map_err(|error| error.to_string());
+            bytes.and_then(|bytes| Tuning::parse(&bytes)).map_err(|why| {
+                // A message can quote the file, which may be anything.
+                let why: String = why.chars().filter(|c| !c.is_control()).take(200).collect();
+                format!("TWOSHOT_TUNING_FILE={}: {why}", path.display())
+            })
+        });
+        self
+    }
+
     /// A number that is the same on two ranks exactly when the settings that must agree are the same.
-    /// What merges (block budget, multicast, time-outs, identity of the host) is left out.
+    /// What merges (block budget, multicast, time-outs, identity of the host) is left out, and so is the tuning file,
+    /// which has a vote of its own.
     pub fn digest(&self) -> u64 {
         let algorithm = match self.algorithm {
             None => 0,
@@ -156,6 +183,9 @@ impl Default for Config {
             host_id: None,
             shared_gpu: false,
             stats: None,
+            nvtx: None,
+            tuning_file: None,
+            tuning: None,
             forbidden: None,
             mnnvl: true,
             mnnvl_uuid: None,

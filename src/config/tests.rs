@@ -73,6 +73,25 @@ fn ranks_with_different_limits_have_different_digests_and_merged_settings_do_not
     }
 }
 
+#[test]
+fn a_tuning_file_is_read_once_it_is_named_and_a_bad_one_is_named_in_one_line() {
+    let named = || parse(&[("TWOSHOT_TUNING_FILE", "/etc/t.json")]).unwrap();
+    assert_eq!(named().tuning, None, "parsing alone reads no file");
+    let with = |text: &str| named().with_tuning(|_| Ok(text.as_bytes().to_vec())).tuning.unwrap();
+    assert!(with(r#"{"format": 1, "rows": []}"#).is_ok());
+    let error = with("{\n\n\u{1b}[31m").unwrap_err();
+    assert!(error.starts_with("TWOSHOT_TUNING_FILE=/etc/t.json: ") && !error.contains(char::is_control), "{error}");
+    let missing = named().with_tuning(|_| Err(io::Error::from(io::ErrorKind::NotFound))).tuning.unwrap();
+    assert!(missing.unwrap_err().contains("not found"));
+    assert_eq!(parse(&[]).unwrap().with_tuning(|_| unreachable!()).tuning, None);
+}
+
+#[test]
+fn a_tuning_file_has_a_vote_of_its_own_and_is_not_in_the_digest_of_limits() {
+    let tuned = parse(&[("TWOSHOT_TUNING_FILE", "/etc/t.json")]).unwrap();
+    assert_eq!(tuned.digest(), parse(&[]).unwrap().digest());
+}
+
 proptest! {
     #[test]
     fn no_environment_makes_the_parser_panic(values in prop::collection::vec(".{0,40}", VARIABLES.len())) {

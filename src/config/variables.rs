@@ -55,6 +55,11 @@ pub const VARIABLES: &[Variable] = &[
         "512M",
         "Most memory that the windows of all communicators of a process take on one device. Later communicators get smaller windows, so their large payloads stay with stock NCCL; the ranks of one use the smallest. The default is 16 windows where that is more.",
     ),
+    variable(
+        "TWOSHOT_TUNING_FILE",
+        "(none)",
+        "Cross-over rows that `twoshot tune` wrote; they replace the built-in table, the limits above replace them. Used where all ranks have the same rows; a file that cannot be used is named and ignored by all.",
+    ),
     variable("TWOSHOT_MULTICAST", "1", "`0` keeps every multicast call away. One rank with `0` is enough."),
     variable(
         "TWOSHOT_TIMEOUT_MS",
@@ -90,6 +95,11 @@ pub const VARIABLES: &[Variable] = &[
     variable("NCCL_MNNVL_ENABLE", "(auto)", "Obeyed: `0` leaves host-spanning communicators to stock NCCL."),
     variable("NCCL_MNNVL_UUID", "(NVML)", "Replaces the cluster UUID, as for NCCL."),
     variable("NCCL_MNNVL_CLIQUE_ID", "(NVML)", "Replaces the clique id, as for NCCL."),
+    variable(
+        "NVTX_INJECTION64_PATH",
+        "(unset)",
+        "Set by profilers: set-ups and routed calls are shown as NVTX ranges. Unset, nothing is opened.",
+    ),
     variable("NCCL_DEBUG", "(unset)", "`INFO` prints one line per communicator, `WARN` what went wrong."),
     variable("NCCL_DEBUG_SUBSYS", "(unset)", "Obeyed where it excludes the subsystems INIT and COLL."),
     variable("NCCL_DEBUG_FILE", "(stdout)", "Where log lines go; `%h` and `%p` become host and process, as for NCCL."),

@@ -9,6 +9,7 @@ mod kernel;
 mod memory;
 mod multicast;
 mod nvml;
+pub mod nvtx;
 mod page;
 mod stream;
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::{Local, Request, reason};
 use crate::config::Config;
 use crate::decline::Decline;
-use crate::domain::Domain;
+use crate::domain::{Domain, UNUSABLE};
 use crate::driver::{Device, FabricFacts, HandleType, fabric_facts, nvlink_between};
 use crate::error::{Error, Result};
 use crate::handoff::random;
@@ -70,6 +70,12 @@ pub fn facts(
     deadline: Duration,
 ) -> Facts {
     let mut facts = Facts { ranks, rank, config: config.digest(), build: build(), ..Facts::default() };
+    facts.nccl = request.nccl;
+    facts.tuning = match &config.tuning {
+        None => 0,
+        Some(Ok(tuning)) => tuning.digest(),
+        Some(Err(_)) => UNUSABLE,
+    };
     let refusal = if let Some(message) = &config.invalid {
         warning!(request.device, "{message}");
         Some(Decline::InvalidConfig)

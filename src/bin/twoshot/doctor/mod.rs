@@ -126,7 +126,7 @@ fn examine(doctor: &Doctor) -> Report {
     let mut findings = Findings::default();
     let parsed = Config::parse(|name| std::env::var_os(name));
     let invalid = parsed.as_ref().err().map(ToString::to_string);
-    let config = parsed.unwrap_or_default();
+    let config = parsed.unwrap_or_default().with_tuning(twoshot::tuning::read);
     let gpus = gpu::examine(&mut findings, doctor, &config);
     let libraries = host::libraries(&mut findings);
     host::variables(&mut findings, &config, invalid.as_deref(), doctor.variables);
@@ -194,7 +194,11 @@ fn verdict(
     if let Err((reason, text)) = libraries {
         return Verdict { routed: false, reason: Some(reason), text };
     }
-    let limits = row(World { ranks: ranks as u32, arch: domain.arch, multicast: domain.multicast });
+    // The NCCL that a program brings along may be another; the row for its release is then another, too.
+    let nccl = crate::measure::stock(None).map_or(0, |(_, version)| twoshot::tuning::band(version));
+    let world =
+        World { ranks: ranks as u32, arch: domain.arch, multicast: domain.multicast, hosts: domain.hosts, nccl };
+    let limits = tuned(findings, &config, world).unwrap_or_else(|| row(world));
     let (one, two) =
         (config.oneshot_max_bytes.unwrap_or(limits.oneshot_bytes), config.max_bytes.unwrap_or(limits.twoshot_bytes));
     let source = limits.source.name();
@@ -213,6 +217,25 @@ fn verdict(
         sizes::format(two)
     );
     Verdict { routed: true, reason: None, text }
+}
+
+/// The row of the tuning file, if there is one for this world. What is wrong with the file is no reason for stock NCCL.
+fn tuned(findings: &mut Findings, config: &Config, world: World) -> Option<twoshot::table::Row> {
+    let tuning = match config.tuning.as_ref()? {
+        Ok(tuning) => tuning,
+        Err(why) => {
+            findings.add(Mark::Warn, "tuning", format!("{why}: no rank will use a tuning file"));
+            return None;
+        }
+    };
+    let found = tuning.row(world);
+    if found.is_none() {
+        let (rows, ranks) = (tuning.rows.len(), world.ranks);
+        let nccl = twoshot::tuning::band_name(world.nccl);
+        let text = format!("none of the {rows} row(s) is for {ranks} ranks here with NCCL {nccl}: the table is used");
+        findings.add(Mark::Info, "tuning", text);
+    }
+    found
 }
 
 fn shown(report: &Report) -> String {

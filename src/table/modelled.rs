@@ -1,0 +1,48 @@
+//! The rows of worlds that nobody has measured, from [`crate::model`]; a test computes them again.
+#![forbid(unsafe_code)]
+
+use super::{BLOCKS, KIB, Row, Source, World};
+
+/// The largest number of ranks a line is for, and its limits for one-shot and two-shot in KiB.
+type Line = (u32, u64, u64);
+
+const HOPPER: &[Line] = &[(2, 512, 4096), (3, 256, 4096), (6, 64, 4096), (13, 32, 4096), (72, 16, 4096)];
+const HOPPER_MULTICAST: &[Line] =
+    &[(2, 512, 4096), (3, 256, 4096), (4, 128, 2048), (8, 64, 2048), (24, 32, 2048), (44, 16, 2048), (72, 16, 1024)];
+const BLACKWELL: &[Line] =
+    &[(2, 512, 2048), (3, 256, 2048), (4, 128, 2048), (7, 64, 2048), (9, 32, 2048), (19, 32, 4096), (72, 16, 4096)];
+const BLACKWELL_MULTICAST: &[Line] =
+    &[(3, 512, 2048), (4, 256, 4096), (6, 128, 2048), (13, 64, 2048), (56, 32, 2048), (72, 32, 1024)];
+
+/// The row of any world. Beyond 72 ranks, the largest domain there is, that of 72 holds.
+pub(super) fn row(world: World) -> Row {
+    let lines = match (world.arch >= 100, world.multicast) {
+        (false, false) => HOPPER,
+        (false, true) => HOPPER_MULTICAST,
+        (true, false) => BLACKWELL,
+        (true, true) => BLACKWELL_MULTICAST,
+    };
+    let line = lines.iter().find(|line| world.ranks <= line.0).or(lines.last());
+    let (_, oneshot, twoshot) = line.copied().unwrap_or((0, 0, 0));
+    Row { oneshot_bytes: oneshot * KIB, twoshot_bytes: twoshot * KIB, blocks: BLOCKS, source: Source::Model }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{B200, H100, PARAMETERS, limits};
+
+    #[test]
+    fn the_rows_are_what_the_model_says_for_every_number_of_ranks() {
+        for (gpu, arch) in [(H100, 90), (B200, 100), (B200, 103)] {
+            for multicast in [false, true] {
+                for ranks in 2..=72 {
+                    let row = row(World { ranks, arch, multicast, hosts: 1, nccl: 228 });
+                    let said = limits(&PARAMETERS, gpu, ranks, multicast, BLOCKS);
+                    assert_eq!((row.oneshot_bytes, row.twoshot_bytes), said, "{ranks} x {arch}, multicast {multicast}");
+                    assert_eq!(row.source, Source::Model);
+                }
+            }
+        }
+    }
+}
