@@ -11,8 +11,12 @@ mod doctor;
 mod element;
 mod launch;
 mod library;
+mod measure;
 mod nccl;
 mod payload;
+mod plot;
+mod predict;
+mod progress;
 mod protocol;
 mod rank;
 mod report;
@@ -20,6 +24,7 @@ mod run;
 mod sizes;
 mod stats;
 mod timing;
+mod tune;
 mod verify;
 
 use std::process::ExitCode;
@@ -38,8 +43,11 @@ struct Cli {
 enum Command {
     Bench(Box<bench::Bench>),
     Doctor(doctor::Doctor),
+    Model(predict::Model),
+    Plot(plot::Plot),
     Run(run::Run),
     Stats(stats::Stats),
+    Tune(Box<tune::Tune>),
     /// One rank of a benchmark; started by `bench`
     #[command(hide = true)]
     BenchRank,
@@ -49,8 +57,11 @@ fn main() -> ExitCode {
     let code = match Cli::parse().command {
         Command::Bench(bench) => bench::main(&bench),
         Command::Doctor(doctor) => doctor::main(&doctor),
+        Command::Model(model) => predict::main(&model),
+        Command::Plot(plot) => plot::main(&plot),
         Command::Run(run) => run::main(&run),
         Command::Stats(stats) => stats::main(&stats),
+        Command::Tune(tune) => tune::main(&tune),
         Command::BenchRank => rank::main(),
     };
     ExitCode::from(u8::try_from(code).unwrap_or(2))

@@ -7,8 +7,11 @@ use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use twoshot::abi::Description;
 use twoshot::driver::{Context, Scratch};
 use twoshot::intercept::{Code, Comm, Stream, UniqueId};
+
+use crate::protocol::Agreed;
 
 type AllReduce = unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, Stream) -> Code;
 
@@ -29,6 +32,7 @@ pub struct Nccl {
     all_reduce: AllReduce,
     counters: Option<unsafe extern "C" fn(*mut u64, *mut u64) -> c_int>,
     twoshot_version: Option<unsafe extern "C" fn() -> *const c_char>,
+    describe: Option<unsafe extern "C" fn(Comm, *mut Description) -> c_int>,
     path: PathBuf,
 }
 
@@ -66,6 +70,7 @@ impl Nccl {
             all_reduce: symbol!("ncclAllReduce"),
             counters: optional!("twoshot_counters"),
             twoshot_version: optional!("twoshot_version"),
+            describe: optional!("twoshot_describe"),
             path,
         })))
     }
@@ -221,6 +226,17 @@ impl Communicator {
         // SAFETY: a live communicator and stream; the addresses are device memory of the length just checked.
         let code = unsafe { (self.nccl.all_reduce)(input, output, count as usize, dtype, op, self.raw, stream) };
         self.nccl.check("ncclAllReduce", code)
+    }
+
+    /// What its ranks agreed on; nothing if this is stock NCCL's or not routed.
+    pub fn agreed(&self) -> Option<Agreed> {
+        let mut it = Description { size: size_of::<Description>() as u32, ..Description::default() };
+        // SAFETY: a live communicator, and an out-pointer valid for the size that it states.
+        let code = unsafe { self.nccl.describe?(self.raw, &raw mut it) };
+        let Description { ranks, hosts, arch, nccl, blocks, oneshot_bytes, twoshot_bytes, .. } = it;
+        let multicast = it.multicast != 0;
+        let agreed = Agreed { ranks, hosts, arch, nccl, multicast, blocks, oneshot_bytes, twoshot_bytes };
+        (code == 0 && it.state == 1).then_some(agreed)
     }
 
     /// What went wrong behind the calls.

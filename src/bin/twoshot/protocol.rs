@@ -80,6 +80,21 @@ pub struct RankFacts {
     pub cuda: i32,
     pub nccl: i32,
     pub twoshot: String,
+    pub agreed: Option<Agreed>,
+}
+
+/// What the ranks of the routed communicator agreed on (`twoshot_describe`).
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Agreed {
+    pub ranks: u32,
+    pub hosts: u32,
+    pub arch: u32,
+    /// Minor release of stock NCCL, 228 for 2.28.
+    pub nccl: u32,
+    pub multicast: bool,
+    pub blocks: u32,
+    pub oneshot_bytes: u64,
+    pub twoshot_bytes: u64,
 }
 
 /// Samples of one path on one rank, in microseconds per call.

@@ -161,6 +161,7 @@ fn facts_of(rank: &Rank, nccl: &Nccl, uuid: &[u8; 16], arch: u32, twoshot: &str)
         cuda: cuda::driver()?.0,
         nccl: nccl.version()?,
         twoshot: twoshot.to_owned(),
+        agreed: rank.routed.agreed(),
     })
 }
 

@@ -2,19 +2,20 @@
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::element::{Dtype, Op};
-use crate::protocol::{RankFacts, RankRow, Samples};
+use crate::protocol::{Agreed, RankFacts, RankRow, Samples};
 use crate::sizes;
 
 /// Version of the record's format; `benchmarks/README.md` describes it.
 pub const FORMAT: u32 = 1;
 
 /// A figure in microseconds: of each repetition the slowest rank, of those the median and the extremes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct Figure {
     pub median: f64,
     pub min: f64,
@@ -40,7 +41,7 @@ fn rounded(value: f64) -> f64 {
 }
 
 /// Times of one path.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
 pub struct Times {
     pub eager: Figure,
     pub graph: Figure,
@@ -48,30 +49,33 @@ pub struct Times {
 }
 
 /// One size and type over all ranks.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Row {
     pub dtype: Dtype,
     pub op: Op,
     pub bytes: u64,
     pub count: u64,
     /// `routed`, `stock`, or `mixed`.
-    pub route: &'static str,
+    pub route: String,
     /// Calls through libtwoshot.so that every rank verified.
     pub verified_calls: u64,
     pub compared_elements: u64,
     /// Of stock NCCL, of the calls through libtwoshot.so, and the first of them in words.
     pub wrong_stock: u64,
     pub wrong_routed: u64,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wrong_note: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stock_us: Option<Times>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub routed_us: Option<Times>,
+    /// Times of other libraries in the same run, by name: whoever measures them adds them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub others_us: BTreeMap<String, Times>,
     /// Stock time by routed time.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ratio_eager: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ratio_graph: Option<f64>,
 }
 
@@ -102,7 +106,8 @@ impl Row {
                 (_, 0) if routed > 0 => "routed",
                 (0, _) => "stock",
                 _ => "mixed",
-            },
+            }
+            .to_owned(),
             verified_calls: first.routed_calls + first.stock_calls,
             compared_elements: total(|r| r.compared),
             wrong_stock: total(|r| r.wrong_stock),
@@ -112,6 +117,7 @@ impl Row {
             ratio_graph: ratio(|t| t.graph),
             stock_us,
             routed_us,
+            others_us: BTreeMap::new(),
         })
     }
 
@@ -122,12 +128,12 @@ impl Row {
 }
 
 /// A whole run.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Record {
     pub format: u32,
     pub date: String,
     /// `measured`, or what else the figures are.
-    pub mode: &'static str,
+    pub mode: String,
     pub gpu: String,
     pub arch: u32,
     pub ranks: u32,
@@ -139,15 +145,27 @@ pub struct Record {
     #[serde(skip)]
     pub nccl_path: String,
     pub twoshot: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub commit: Option<String>,
     /// What of the environment decides something.
+    #[serde(default)]
     pub environment: BTreeMap<String, String>,
+    /// What the ranks of the routed communicator agreed on, where it was on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agreed: Option<Agreed>,
     pub repetitions: u32,
     pub rows: Vec<Row>,
 }
 
 impl Record {
+    /// Reads a record that `twoshot bench --json` wrote.
+    pub fn read(path: &Path) -> Result<Self, String> {
+        let wrong = |why: String| format!("{}: {why}", path.display());
+        let text = std::fs::read(path).map_err(|error| wrong(error.to_string()))?;
+        let record: Self = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
+        if record.format == FORMAT { Ok(record) } else { Err(wrong(format!("format {} is not known", record.format))) }
+    }
+
     /// Takes over what the ranks know of their places.
     pub fn describe(&mut self, facts: &[RankFacts]) {
         let Some(first) = facts.first() else { return };
@@ -159,6 +177,7 @@ impl Record {
         self.driver.clone_from(&first.driver);
         self.twoshot.clone_from(&first.twoshot);
         (self.arch, self.cuda, self.nccl) = (first.arch, first.cuda, first.nccl);
+        self.agreed = first.agreed;
     }
 
     /// The lines above the table.
@@ -254,7 +273,7 @@ pub fn format_row(row: &Row, timed: bool) -> String {
         _ if timed => cells.extend((0..7).map(|_| "-".to_owned())),
         _ => cells.extend([row.verified_calls.to_string(), row.compared_elements.to_string()]),
     }
-    cells.extend([row.route.to_owned(), row.wrong().to_string()]);
+    cells.extend([row.route.clone(), row.wrong().to_string()]);
     line(cells.into_iter(), columns(timed).1)
 }
 
@@ -308,7 +327,7 @@ mod tests {
     #[test]
     fn ranks_merge_into_one_row_with_its_ratio_and_route() {
         let row = Row::merge(&[rank_row(&[2.0, 4.0], 5, 0), rank_row(&[3.0, 3.0], 5, 0)], true).unwrap();
-        assert_eq!((row.route, row.verified_calls, row.compared_elements), ("routed", 5, 65536));
+        assert_eq!((row.route.as_str(), row.verified_calls, row.compared_elements), ("routed", 5, 65536));
         assert_eq!(row.ratio_eager, Some(3.0));
         assert_eq!(Row::merge(&[rank_row(&[1.0], 0, 5)], true).unwrap().route, "stock");
         assert_eq!(Row::merge(&[rank_row(&[1.0], 1, 5)], true).unwrap().route, "mixed");
@@ -333,6 +352,23 @@ mod tests {
             let stored = serde_json::to_string(&row).unwrap();
             assert!(!stored.contains("_us") && !stored.contains("ratio"), "{stored}");
         }
+    }
+
+    #[test]
+    fn the_records_of_this_repository_can_be_read_and_come_back_as_they_were() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("benchmarks");
+        let mut read = 0;
+        for entry in std::fs::read_dir(folder).unwrap().flatten() {
+            let path = entry.path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            let record = Record::read(&path).unwrap();
+            let stored: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            assert_eq!(serde_json::to_value(&record).unwrap(), stored, "{}", path.display());
+            read += 1;
+        }
+        assert!(read > 0);
     }
 
     #[test]

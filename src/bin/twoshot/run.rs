@@ -9,7 +9,7 @@ use std::process::Command;
 
 use clap::{Args, ValueEnum};
 
-use crate::{bench, library};
+use crate::{library, measure};
 
 /// Start a command with twoshot switched on
 #[derive(Args, Debug)]
@@ -82,7 +82,7 @@ fn start(run: &Run) -> Result<i32, String> {
 fn stock(run: &Run, library: &Path) -> Result<PathBuf, String> {
     let before = library::variable("VLLM_NCCL_SO_PATH").filter(|path| !same_file(path, library));
     let given = run.nccl.clone().or_else(|| library::variable("TWOSHOT_NCCL_LIBRARY")).or(before);
-    bench::stock(given.as_deref()).map(|(path, _)| path)
+    measure::stock(given.as_deref()).map(|(path, _)| path)
 }
 
 fn same_file(a: &Path, b: &Path) -> bool {
