@@ -88,6 +88,7 @@ fn an_environment_that_asks_for_something_else_is_named() {
     case("disabled").env("TWOSHOT_ENABLE", "0").stock("disabled", "TWOSHOT_ENABLE=0");
     case("nonsense").env("TWOSHOT_MAX_BYTES", "lots").stock("invalid-config", "TWOSHOT_MAX_BYTES=lots: expected bytes");
     case("misspelled").env("TWOSHOT_MAXBYTES", "1M").routed("TWOSHOT_MAXBYTES is set, and is no variable");
+    case("tuning-missing").env("TWOSHOT_TUNING_FILE", "/nowhere/t.json").routed("no rank will use a tuning file");
 }
 
 #[test]

@@ -198,7 +198,7 @@ fn verdict(
     let nccl = crate::measure::stock(None).map_or(0, |(_, version)| twoshot::tuning::band(version));
     let world =
         World { ranks: ranks as u32, arch: domain.arch, multicast: domain.multicast, hosts: domain.hosts, nccl };
-    let limits = tuned(findings, &config, world).unwrap_or_else(|| row(world));
+    let limits = tuned(findings, config, world).unwrap_or_else(|| row(world));
     let (one, two) =
         (config.oneshot_max_bytes.unwrap_or(limits.oneshot_bytes), config.max_bytes.unwrap_or(limits.twoshot_bytes));
     let source = limits.source.name();
