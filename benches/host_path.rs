@@ -29,7 +29,9 @@ fn decisions(criterion: &mut Criterion) {
         min_bytes: 0,
         oneshot_bytes: 64 << 10,
         twoshot_bytes: 4 << 20,
+        piece_bytes: 4 << 20,
         blocks: 32,
+        small_blocks: 64,
     };
     let mut group = criterion.benchmark_group("route::decide");
     for (name, count, dtype) in [

@@ -19,9 +19,19 @@ pub struct Agreement {
     pub oneshot_bytes: u64,
     /// Largest payload of two-shot, in bytes.
     pub twoshot_bytes: u64,
+    /// Largest part of it that one launch reduces.
+    pub piece_bytes: u64,
     /// Most blocks of a launch: the smallest budget of all ranks.
     pub blocks: u32,
+    /// The same for payloads up to [`SMALL`].
+    pub small_blocks: u32,
 }
+
+/// Up to this payload latency counts, and a launch is over before others miss its multiprocessors.
+pub const SMALL: u64 = 1 << 20;
+
+/// Launches begin at multiples of so many carried bytes, so that all of them see the buffers' alignment.
+const PIECE_ALIGN: u64 = 128;
 
 /// Why a call stays with stock NCCL.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -73,6 +83,8 @@ pub struct Plan {
     pub blocks: u32,
     /// Threads of a block.
     pub threads: u32,
+    /// Most elements of one launch: a larger call is several.
+    pub piece: u64,
 }
 
 /// The verdict.
@@ -110,11 +122,19 @@ pub fn decide(call: &Call, agreed: &Agreement) -> Route {
     } else {
         return Route::Stock(Reason::Size);
     };
-    let Some(shape) = agreed.layout.fit(algorithm, bytes) else {
+    let (carried, piece) = match algorithm {
+        Algorithm::TwoShot if bytes > agreed.piece_bytes => {
+            let carried = agreed.piece_bytes / PIECE_ALIGN * PIECE_ALIGN;
+            (carried, class.packing().payload(carried) / (payload / call.count))
+        }
+        _ => (bytes, call.count),
+    };
+    let Some(shape) = agreed.layout.fit(algorithm, carried).filter(|_| piece > 0) else {
         return Route::Stock(Reason::Size);
     };
-    let (blocks, threads) = grid(shape.work, agreed.blocks);
-    Route::Routed(Plan { algorithm, class, dtype: call.dtype, op: call.op, blocks, threads })
+    let budget = if bytes <= SMALL { agreed.small_blocks } else { agreed.blocks };
+    let (blocks, threads) = grid(shape.work, budget);
+    Route::Routed(Plan { algorithm, class, dtype: call.dtype, op: call.op, blocks, threads, piece })
 }
 
 /// Blocks and threads for `work` lines under a budget: small work spreads over many multiprocessors in small
@@ -139,7 +159,9 @@ mod tests {
             min_bytes: 0,
             oneshot_bytes: 64 << 10,
             twoshot_bytes: 4 << 20,
-            blocks: 64,
+            piece_bytes: 4 << 20,
+            blocks: 32,
+            small_blocks: 64,
         }
     }
 
@@ -158,6 +180,36 @@ mod tests {
         assert_eq!(pick((32 << 10) + 1), Ok(Algorithm::TwoShot));
         assert_eq!(pick(2 << 20), Ok(Algorithm::TwoShot));
         assert_eq!(pick((2 << 20) + 1), Err(Reason::Size));
+    }
+
+    #[test]
+    fn a_payload_above_a_launch_is_split_where_alignment_stays_the_same() {
+        let agreed = Agreement { twoshot_bytes: 64 << 20, ..agreed() };
+        for (dtype, element) in [(DataType::BF16, 2), (DataType::F32, 4), (DataType::I8, 1), (DataType::F64, 8)] {
+            let call = Call { count: (9 << 20) / element, dtype, op: ReduceOp::SUM };
+            let Route::Routed(plan) = decide(&call, &agreed) else { panic!("{dtype:?} went to stock") };
+            let half = if dtype == DataType::I8 || dtype == DataType::F64 { 2 } else { 1 };
+            assert_eq!((plan.algorithm, plan.piece * element), (Algorithm::TwoShot, (4 << 20) / half));
+        }
+        let odd = Agreement { piece_bytes: 1000, oneshot_bytes: 0, ..agreed };
+        let Route::Routed(plan) = decide(&sum(501), &odd) else { panic!("it fits two launches") };
+        assert_eq!(plan.piece, 448);
+        assert_eq!(decide(&sum(501), &Agreement { piece_bytes: 127, ..odd }), Route::Stock(Reason::Size));
+    }
+
+    #[test]
+    fn small_payloads_have_a_budget_of_blocks_of_their_own() {
+        let blocks = |count| match decide(&sum(count), &Agreement { oneshot_bytes: 0, ..agreed() }) {
+            Route::Routed(plan) => plan.blocks,
+            Route::Stock(reason) => panic!("{reason:?}"),
+        };
+        let wide = Agreement { ranks: 2, layout: Layout::for_payloads(2, 0, 4 << 20).unwrap(), ..agreed() };
+        let call = |count| match decide(&sum(count), &Agreement { oneshot_bytes: 0, ..wide }) {
+            Route::Routed(plan) => plan.blocks,
+            Route::Stock(reason) => panic!("{reason:?}"),
+        };
+        assert_eq!((call(1 << 19), call((1 << 19) + 1)), (64, 32));
+        assert_eq!(blocks(1 << 21), 32);
     }
 
     #[test]
@@ -238,8 +290,9 @@ mod tests {
             let agreed = Agreement { oneshot_bytes: one, twoshot_bytes: two, ..agreed() };
             for call in [sum(count), Call { dtype: DataType::E4M3, ..sum(count) }] {
                 if let Route::Routed(plan) = decide(&call, &agreed) {
-                    let bytes = plan.class.packing().carried(count * call.dtype.size().unwrap()).unwrap();
-                    prop_assert!(agreed.layout.fit(plan.algorithm, bytes).is_some());
+                    let launch = count.min(plan.piece) * call.dtype.size().unwrap();
+                    let bytes = plan.class.packing().carried(launch).unwrap();
+                    prop_assert!(plan.piece > 0 && agreed.layout.fit(plan.algorithm, bytes).is_some());
                 }
             }
         }

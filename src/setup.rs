@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod known_answer;
+mod limits;
 mod multicast;
 mod objects;
 mod probe;
@@ -26,12 +27,13 @@ use crate::handoff::{Desk, Peer};
 use crate::layout::Layout;
 use crate::route::Agreement;
 use crate::steps::bounded;
-use crate::table::{Row, World, row};
+use crate::table::{Row, World};
 use crate::wire::Step;
 use crate::workspace::{Own, PeerHandle, Workspace, allocate};
 use crate::{trace, warning};
 
 use known_answer::Checked;
+use limits::{Limits, limits};
 pub use probe::{HostIdentity, build, overridden};
 
 /// A communicator ready for routed calls.
@@ -151,7 +153,8 @@ pub fn establish(
     let mut ballot = Ballot { exchange, device: request.device };
 
     let mut step = Step::new(number::PREPARE, rank);
-    let local = prepare(context, &domain, rank, config, deadline);
+    let asked = (config, request);
+    let local = prepare(context, &domain, rank, asked, deadline);
     if let Ok(prepared) = &local {
         (step.granularity, step.optional) = (prepared.granularity, prepared.multicast);
         step.blocks = prepared.blocks;
@@ -165,10 +168,10 @@ pub fn establish(
     let align = steps.iter().map(|step| step.granularity).max().unwrap_or(1);
     let blocks = steps.iter().map(|step| step.blocks).min().unwrap_or(1);
     let memory = steps.iter().map(|step| step.memory).min().unwrap_or(0);
-    let Some(plan) = plan(&domain, config, blocks, memory) else {
+    let Some(limits) = limits(&domain, asked, blocks, memory) else {
         return Ok(Err(Declined { reason: Decline::TooManyRanks, rank: 0, code: 0 }));
     };
-    let window_bytes = plan.agreement.layout.window_bytes().next_multiple_of(align);
+    let window_bytes = limits.agreement.layout.window_bytes().next_multiple_of(align);
     prepared.memory.settle(window_bytes);
 
     let mut step = Step::new(number::SHARE, rank);
@@ -189,7 +192,7 @@ pub fn establish(
     // Peers may be opening it while this rank fails: it stays until all have spoken.
     let kept = Arc::clone(&own.memory);
     let local = collect(&own, desk.as_ref(), rank, &steps, deadline)
-        .and_then(|peers| map(context, plan.agreement.layout, own, rank, peers, align, deadline));
+        .and_then(|peers| map(context, limits.agreement.layout, own, rank, peers, align, deadline));
     let step = Step::new(number::MAP, rank);
     let mut workspace = match ballot.cast(step, "mapping shared memory", local)? {
         Ok((workspace, _)) => workspace,
@@ -205,7 +208,7 @@ pub fn establish(
     }
     drop(desk);
 
-    let Plan { agreement, world, row } = plan;
+    let Limits { agreement, world, row } = limits;
     // A workspace that failed stays until all have spoken: peers' kernels may still store into it.
     let (local, failed) = match known_answer::check(context, workspace, kernels, agreement, rank, deadline) {
         Ok(Ok(checked)) => (Ok(checked), None),
@@ -247,7 +250,14 @@ struct Prepared {
 }
 
 /// Looks at links, fabric and kernels: everything that can say no before memory is taken.
-fn prepare(context: &Arc<Context>, domain: &Domain, rank: u32, config: &Config, deadline: Duration) -> Local<Prepared> {
+fn prepare(
+    context: &Arc<Context>,
+    domain: &Domain,
+    rank: u32,
+    asked: (&Config, Request),
+    deadline: Duration,
+) -> Local<Prepared> {
+    let config = asked.0;
     probe::links(domain, rank, config, deadline)?;
     let device = context.device().ordinal();
     if domain.handle == HandleType::Fabric {
@@ -271,7 +281,7 @@ fn prepare(context: &Arc<Context>, domain: &Domain, rank: u32, config: &Config, 
         Ok((granularity, sms.min(resident), capacity, module, kernels))
     })
     .or_else(reason(Decline::Module))?;
-    let whole = plan(domain, config, u32::MAX, u64::MAX)
+    let whole = limits(domain, asked, u32::MAX, u64::MAX)
         .ok_or((Decline::TooManyRanks, Error::Protocol("a window has no address range")))?;
     let full = whole.agreement.layout.window_bytes().next_multiple_of(granularity);
     let budget = config.memory.unwrap_or_else(|| MEMORY.max(full.saturating_mul(16)));
@@ -308,54 +318,8 @@ fn say_tuned(domain: &Domain, rank: u32, config: &Config, device: i32) {
     }
 }
 
-struct Plan {
-    agreement: Agreement,
-    world: World,
-    row: Row,
-}
-
 /// Most memory of the windows of all communicators of a process on one device, unless 16 windows are more.
 const MEMORY: u64 = 512 << 20;
-
-/// Limits and layout: a pure function of what all ranks agreed on. A window takes at most `memory` bytes before they
-/// are rounded.
-fn plan(domain: &Domain, config: &Config, resident: u32, memory: u64) -> Option<Plan> {
-    use crate::layout::Algorithm;
-    let ranks = domain.facts.len() as u32;
-    let Domain { arch, multicast, hosts, nccl, .. } = *domain;
-    let world = World { ranks, arch, multicast, hosts, nccl };
-    let row = match (domain.tuned, &config.tuning) {
-        (Tuned::Agreed, Some(Ok(tuning))) => tuning.row(world).unwrap_or_else(|| row(world)),
-        _ => row(world),
-    };
-    let twoshot = config.max_bytes.unwrap_or(row.twoshot_bytes);
-    let oneshot = config.oneshot_max_bytes.unwrap_or(row.oneshot_bytes).min(twoshot);
-    let (mut oneshot_bytes, mut twoshot_bytes) = match config.algorithm {
-        None => (oneshot, twoshot),
-        // One-shot alone still has to keep `ranks` copies of a payload: its memory, not two-shot's, is the limit.
-        Some(Algorithm::OneShot) => {
-            let alone = config.oneshot_max_bytes.or(config.max_bytes).unwrap_or(row.oneshot_bytes);
-            (alone, alone)
-        }
-        Some(Algorithm::TwoShot) => (0, twoshot),
-    };
-    let fits = |oneshot, twoshot| Some(Layout::for_payloads(ranks, oneshot, twoshot)?.window_bytes() <= memory);
-    while !fits(oneshot_bytes, twoshot_bytes)? && oneshot_bytes.max(twoshot_bytes) > 0 {
-        if fits(oneshot_bytes, 0)? {
-            twoshot_bytes /= 2;
-        } else {
-            oneshot_bytes /= 2;
-        }
-    }
-    let layout = Layout::for_payloads(ranks, oneshot_bytes, twoshot_bytes)?;
-    // Address ranges beyond this are a typing error in a limit, not a workspace.
-    if layout.window_bytes().checked_mul(u64::from(ranks))? > 1 << 42 {
-        return None;
-    }
-    let blocks = row.blocks.min(domain.blocks).min(resident).max(1);
-    let agreement = Agreement { ranks, layout, min_bytes: config.min_bytes, oneshot_bytes, twoshot_bytes, blocks };
-    Some(Plan { agreement, world, row })
-}
 
 fn share(
     context: &Arc<Context>,

@@ -34,9 +34,11 @@ pub struct Row {
     pub source: Source,
 }
 
-/// Where a row comes from. No row of this library has been measured yet.
+/// Where a row comes from.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Source {
+    /// Measured with this library.
+    Measured,
     /// Measured with the prototype of these kernels, with more blocks than are taken here.
     Prototype,
     /// Computed by [`crate::model`], which was fitted to the prototype's times.
@@ -49,6 +51,7 @@ impl Source {
     /// The words in log lines.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Measured => "measured",
             Self::Prototype => "prototype",
             Self::Model => "model, unmeasured world",
             Self::File => "tuning file",
@@ -57,26 +60,27 @@ impl Source {
 }
 
 /// A multiprocessor holds at least one block of 512 threads of these kernels, so four launches of this size are
-/// resident at once on 132 multiprocessors: two communicators with a programmatic launch waiting behind each, or four
-/// without. More blocks are faster above 1 MiB (`TWOSHOT_MAX_BLOCKS`), but two communicators that each fill the GPU can
-/// wait for each other across ranks.
+/// resident at once on 132 multiprocessors. More blocks are faster (`TWOSHOT_MAX_BLOCKS`), but a program that overlaps
+/// its AllReduce with computation misses the multiprocessors; stock NCCL takes 24.
 const BLOCKS: u32 = 32;
+/// The same for payloads up to [`crate::route::SMALL`], where a launch and the next one have the device to themselves.
+pub const SMALL_BLOCKS: u32 = 64;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
 /// The row of a world. Total: every number of ranks gets an answer.
 ///
-/// One-shot moves `ranks - 1` payloads over every rank's link, two-shot about two payloads but pays a second
-/// hop. On 2 and 4 H100 (unicast) the curves cross at 1 MiB and between 128 and 256 KiB.
+/// Two H100, unicast: `benchmarks/` and docs/performance.md; above 16 MiB stock NCCL needs as long with fewer blocks.
+/// Four: the prototype's curves cross between 128 and 256 KiB.
 pub fn row(world: World) -> Row {
     let hopper_unicast = world.arch / 10 == 9 && !world.multicast;
-    let (oneshot_bytes, source) = match world.ranks {
-        2 if hopper_unicast => (512 * KIB, Source::Prototype),
-        4 if hopper_unicast => (128 * KIB, Source::Prototype),
+    let (oneshot_bytes, twoshot_bytes, source) = match world.ranks {
+        2 if hopper_unicast => (512 * KIB, 16 * MIB, Source::Measured),
+        4 if hopper_unicast => (128 * KIB, 4 * MIB, Source::Prototype),
         _ => return modelled::row(world),
     };
-    Row { oneshot_bytes, twoshot_bytes: 4 * MIB, blocks: BLOCKS, source }
+    Row { oneshot_bytes, twoshot_bytes, blocks: BLOCKS, source }
 }
 
 #[cfg(test)]

@@ -124,3 +124,17 @@ fn blocks_that_run_in_any_order_with_torn_stores_give_the_same_bits() {
         }
     }
 }
+
+#[test]
+fn a_payload_that_takes_several_launches_gives_the_bits_of_the_reference() {
+    // 4 MiB a launch: two and a part, four to the byte, one element more than one; in place and captured too.
+    let program = "allreduce count=2200001 dtype=f32; allreduce count=8388608 dtype=bf16; \
+        allreduce count=2097153 dtype=f16 inplace=1; capture counts=2200001 dtype=bf16; replay n=2; drop_graphs; \
+        sleep ms=60; destroy";
+    let job = Job::new(hosts(&[2]), program).env("TWOSHOT_MAX_BYTES", "16M").timeout(Duration::from_secs(200));
+    let report = job.run();
+    report.expect_success().expect_nothing_live();
+    for rank in 0..2 {
+        assert_eq!(report.counters(rank).1, 0, "{}", report.outcomes[rank]);
+    }
+}

@@ -111,7 +111,7 @@ fn the_file_is_written_at_the_end_of_a_communicator_and_of_the_process() {
                 let path = names.iter().find(|path| path.to_string_lossy().ends_with(&tail));
                 let value = read(path.expect("named after the process"));
                 assert_eq!(value["version"], env!("CARGO_PKG_VERSION"));
-                let (counted, ended) = match &end[..] {
+                let (counted, ended) = match end {
                     "; leave" => (&value["communicators"][0]["ways"], 0),
                     _ => (&value["ended_ways"], 1),
                 };

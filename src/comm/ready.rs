@@ -140,7 +140,6 @@ impl Ready {
     /// Queues one call. The operations of a communicator run in issue order: on another stream than the last one's,
     /// eagerly behind its event, captured behind its node.
     pub fn launch(self: &Arc<Self>, plan: Plan, buffers: Buffers) -> Result<()> {
-        let args = Args { in_: buffers.input, out: buffers.output, count: buffers.count, ..self.args };
         let stream = buffers.stream;
         let _range = nvtx::range(range_name(plan.algorithm));
         let _entered = self.context.enter()?;
@@ -150,7 +149,7 @@ impl Ready {
         let mut order = self.order.lock();
         let Some(capture) = capture_of(&self.context, stream) else {
             self.behind_last(&mut order, stream)?;
-            Launch { kernels: &self.kernels, plan, dependent }.on(stream, &args)?;
+            self.queue(plan, dependent, buffers)?;
             (order.eager, order.unmarked) = (Some(stream), false);
             // Recorded now, not when the stream changes: by then the caller may have destroyed this one.
             return self.last.record(stream);
@@ -162,13 +161,29 @@ impl Ready {
             // Programmatic edges exist between two kernels only; this one now has two predecessors.
             dependent = false;
         }
-        Launch { kernels: &self.kernels, plan, dependent }.on(stream, &args)?;
+        self.queue(plan, dependent, buffers)?;
         if order.retained != Some(capture.id) {
             retain_for_graph(&self.context, &capture, Arc::clone(self) as _)?;
             order.retained = Some(capture.id);
         }
         let node = capture_of(&self.context, stream).and_then(|capture| capture.node);
         order.captured = Some(Captured { id: capture.id, stream, node });
+        Ok(())
+    }
+
+    /// The launches of one call.
+    fn queue(&self, plan: Plan, dependent: bool, buffers: Buffers) -> Result<()> {
+        let Buffers { input, output, count, stream } = buffers;
+        let launch = Launch { kernels: &self.kernels, plan, dependent };
+        let element = plan.dtype.size().unwrap_or(0);
+        let mut done = 0;
+        while done < count {
+            let next = plan.piece.min(count - done);
+            let moved = done * element;
+            let args = Args { in_: input + moved, out: output + moved, count: next, ..self.args };
+            launch.on(stream, &args)?;
+            done += next;
+        }
         Ok(())
     }
 

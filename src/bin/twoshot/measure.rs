@@ -368,7 +368,8 @@ mod tests {
         let environment = prepared.environment(&changes);
         assert_eq!(environment["TWOSHOT_ALGO"], "oneshot");
         assert!(!environment.contains_key("NCCL_NVLS_ENABLE") && !environment.contains_key("TWOSHOT_TUNING_FILE"));
-        let plan = Plan { sizes: vec![8], dtypes: vec![], ops: vec![], repetitions: 0, calls: None, checks: 1, seed: 0 };
+        let plan =
+            Plan { sizes: vec![8], dtypes: vec![], ops: vec![], repetitions: 0, calls: None, checks: 1, seed: 0 };
         let place = prepared.place(&plan, 1, &changes);
         assert_eq!((place.task.rank, place.task.ranks), (1, 2));
         // What comes last holds.

@@ -11,8 +11,8 @@ use twoshot::layout::Algorithm;
 use twoshot::tuning::{FORMAT, Tuned, Tuning, band_name};
 
 use crate::bench::{say, write};
-use crate::measure::{Changes, Machine, Prepared, Seen, random_seed};
 use crate::element::{Dtype, Op};
+use crate::measure::{Changes, Machine, Prepared, Seen, random_seed};
 use crate::progress::Progress;
 use crate::protocol::{Agreed, Plan};
 use crate::report::Record;

@@ -1,0 +1,98 @@
+//! Limits, grids and layout of a communicator: pure functions of what its ranks agreed on.
+#![forbid(unsafe_code)]
+
+use super::Request;
+use crate::config::Config;
+use crate::domain::{Domain, Tuned};
+use crate::layout::{Algorithm, Layout};
+use crate::route::Agreement;
+use crate::table::{Row, SMALL_BLOCKS, Source, World, row};
+
+/// Most bytes that one launch of two-shot reduces; a larger payload is reduced by several, which costs little more than
+/// one (docs/performance.md) and keeps windows small.
+const PIECE: u64 = 4 << 20;
+
+/// What holds for the calls of a communicator.
+pub struct Limits {
+    /// For the router.
+    pub agreement: Agreement,
+    /// What the table was asked.
+    pub world: World,
+    /// What it said.
+    pub row: Row,
+}
+
+/// The limits. A window takes at most `memory` bytes before they are rounded.
+pub fn limits(domain: &Domain, (config, request): (&Config, Request), resident: u32, memory: u64) -> Option<Limits> {
+    let ranks = domain.facts.len() as u32;
+    let Domain { arch, multicast, hosts, nccl, .. } = *domain;
+    let world = World { ranks, arch, multicast, hosts, nccl };
+    let row = match (domain.tuned, &config.tuning) {
+        (Tuned::Agreed, Some(Ok(tuning))) => tuning.row(world).unwrap_or_else(|| row(world)),
+        _ => row(world),
+    };
+    let (oneshot_bytes, twoshot_bytes) = payloads(config, row);
+    let (oneshot_bytes, piece_bytes) = within(ranks, memory, oneshot_bytes, twoshot_bytes.min(PIECE))?;
+    // Where memory is short, what would take many launches is stock NCCL's.
+    let short = piece_bytes < twoshot_bytes.min(PIECE);
+    let twoshot_bytes = if short { piece_bytes } else { twoshot_bytes };
+    let layout = Layout::for_payloads(ranks, oneshot_bytes, piece_bytes)?;
+    // Address ranges beyond this are a typing error in a limit, not a workspace.
+    if layout.window_bytes().checked_mul(u64::from(ranks))? > 1 << 42 {
+        return None;
+    }
+    let most = domain.blocks.min(resident).max(1);
+    let chosen = config.max_blocks.is_some() || request.max_blocks.is_some();
+    let blocks = if chosen { most } else { row.blocks.min(most) };
+    let tuned = chosen || row.source == Source::File;
+    let small_blocks = if tuned { blocks } else { blocks.max(SMALL_BLOCKS.min(most)) };
+    let min_bytes = config.min_bytes;
+    let agreement =
+        Agreement { ranks, layout, min_bytes, oneshot_bytes, twoshot_bytes, piece_bytes, blocks, small_blocks };
+    Some(Limits { agreement, world, row })
+}
+
+/// The largest payloads of one-shot and of two-shot: the user's word, else the table's.
+fn payloads(config: &Config, row: Row) -> (u64, u64) {
+    let twoshot = config.max_bytes.unwrap_or(row.twoshot_bytes);
+    let oneshot = config.oneshot_max_bytes.unwrap_or(row.oneshot_bytes).min(twoshot);
+    match config.algorithm {
+        None => (oneshot, twoshot),
+        // One-shot alone still has to keep `ranks` copies of a payload: its memory, not two-shot's, is the limit.
+        Some(Algorithm::OneShot) => {
+            let alone = config.oneshot_max_bytes.or(config.max_bytes).unwrap_or(row.oneshot_bytes);
+            (alone, alone)
+        }
+        Some(Algorithm::TwoShot) => (0, twoshot),
+    }
+}
+
+/// Halves the payloads of a launch until a window for them fits the memory.
+fn within(ranks: u32, memory: u64, mut oneshot: u64, mut piece: u64) -> Option<(u64, u64)> {
+    let fits = |oneshot, piece| Some(Layout::for_payloads(ranks, oneshot, piece)?.window_bytes() <= memory);
+    while !fits(oneshot, piece)? && oneshot.max(piece) > 0 {
+        if fits(oneshot, 0)? {
+            piece /= 2;
+        } else {
+            oneshot /= 2;
+        }
+    }
+    Some((oneshot, piece))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_is_halved_until_it_fits_and_never_refused_for_its_size() {
+        let whole = Layout::for_payloads(4, 128 << 10, 4 << 20).unwrap().window_bytes();
+        assert_eq!(within(4, whole, 128 << 10, 4 << 20), Some((128 << 10, 4 << 20)));
+        assert_eq!(within(4, whole - 1, 128 << 10, 4 << 20), Some((128 << 10, 2 << 20)));
+        for memory in [0, 1, 4096, 1 << 20, 7 << 20] {
+            let (oneshot, piece) = within(4, memory, 128 << 10, 4 << 20).unwrap();
+            let window = Layout::for_payloads(4, oneshot, piece).unwrap().window_bytes();
+            assert!(window <= memory || oneshot.max(piece) == 0, "{memory}: {oneshot}, {piece}");
+        }
+    }
+}
