@@ -87,10 +87,16 @@ fn bus(ranks: u32, bytes: u64, us: f64) -> f64 {
     2.0 * (n - 1.0) / n * bytes as f64 / us / 1e3
 }
 
+/// The types and operations of the records, in words.
+fn kinds(records: &[Record]) -> BTreeSet<String> {
+    let rows = records.iter().flat_map(|record| &record.rows);
+    rows.map(|row| format!("{} {}", row.dtype.name(), row.op.name())).collect()
+}
+
 fn lines(records: &[Record], way: Way) -> Vec<Line> {
     let mut lines: Vec<Line> = Vec::new();
     let worlds: BTreeSet<_> = records.iter().map(|record| (&record.gpu, record.ranks)).collect();
-    let dtypes: BTreeSet<_> = records.iter().flat_map(|r| &r.rows).map(|row| row.dtype.name()).collect();
+    let kinds = kinds(records);
     let releases: BTreeSet<_> = records.iter().map(|record| record.nccl).collect();
     let builds: BTreeSet<_> = records.iter().map(|record| (&record.twoshot, &record.commit)).collect();
     for record in records {
@@ -99,8 +105,8 @@ fn lines(records: &[Record], way: Way) -> Vec<Line> {
             if worlds.len() > 1 {
                 more.push_str(&format!(", {} x {}", record.ranks, record.gpu));
             }
-            if dtypes.len() > 1 {
-                more.push_str(&format!(", {}", row.dtype.name()));
+            if kinds.len() > 1 {
+                more.push_str(&format!(", {} {}", row.dtype.name(), row.op.name()));
             }
             let stock = format!("stock NCCL {}{more}", nccl_version(record.nccl));
             let mut ours = format!("twoshot{more}");
@@ -197,10 +203,9 @@ fn titles(records: &[Record], way: Way) -> (String, String) {
         words.into_iter().collect::<Vec<_>>().join(" and ")
     };
     let gpus = unique(&|record| format!("{} x {}", record.ranks, record.gpu));
-    let dtypes: BTreeSet<_> = records.iter().flat_map(|r| &r.rows).map(|row| row.dtype.name()).collect();
-    let dtypes = dtypes.into_iter().collect::<Vec<_>>().join(", ");
+    let kinds = kinds(records).into_iter().collect::<Vec<_>>().join(", ");
     let way = if way == Way::Graph { "captured in CUDA graphs" } else { "eager calls" };
-    let title = format!("AllReduce, {dtypes} sum, {gpus}, {way}");
+    let title = format!("AllReduce, {kinds}, {gpus}, {way}");
     let twoshot = unique(&|record| record.twoshot.clone());
     let date = unique(&|record| record.date.chars().take(10).collect());
     let mode = unique(&|record| record.mode.clone());
@@ -368,6 +373,10 @@ mod tests {
         assert_eq!(names, [("stock NCCL 2.28.9", 3), ("twoshot", 2), ("FlashInfer", 3)]);
         assert_eq!(found[1].points[0], (1024, 2.5, bus(4, 1024, 2.5)), "in order of size");
         assert_eq!(lines(&[record()], Way::Eager)[1].points[0].1, 5.0);
+        let mut other = record();
+        other.rows.iter_mut().for_each(|row| row.op = crate::element::Op::Max);
+        let names: Vec<_> = lines(&[record(), other], Way::Graph).into_iter().map(|line| line.name).collect();
+        assert!(names.contains(&"twoshot, bf16 sum".to_owned()) && names.contains(&"twoshot, bf16 max".to_owned()));
     }
 
     #[test]

@@ -7,7 +7,8 @@ use clap::Args;
 use twoshot::model::{Case, GPUS, Gpu, PARAMETERS, POINTS, Point, What, fit, tables};
 
 use crate::bench::say;
-use crate::report::Record;
+use crate::element::{Dtype, Op};
+use crate::report::{Record, Row};
 
 /// Predict AllReduce times and cross-overs for 2 to 72 ranks (docs/scaling.md)
 #[derive(Args, Debug)]
@@ -73,7 +74,9 @@ fn points(record: &Record) -> Result<Vec<Point>, String> {
         bytes,
     };
     let mut points = Vec::new();
-    for row in &record.rows {
+    // The model is about sums whose lines are full of payload.
+    let full = |row: &&Row| row.op == Op::Sum && [Dtype::Bf16, Dtype::F16, Dtype::F32].contains(&row.dtype);
+    for row in record.rows.iter().filter(full) {
         if let Some(stock) = row.stock_us {
             points.push(Point { case: case(What::Stock, row.bytes), us: stock.graph.median });
         }

@@ -139,6 +139,7 @@ fn forced(algorithm: Algorithm, blocks: u32, largest: u64) -> Changes {
         set("TWOSHOT_MAX_BYTES", largest.to_string()),
         set("TWOSHOT_ONESHOT_MAX_BYTES", largest.to_string()),
         set("TWOSHOT_MIN_BYTES", "0".to_owned()),
+        ("TWOSHOT_MEMORY", None),
         ("TWOSHOT_TUNING_FILE", None),
         ("TWOSHOT_ENABLE", None),
         ("TWOSHOT_MODE", None),
@@ -294,7 +295,7 @@ mod tests {
         let changes = forced(Algorithm::TwoShot, 8, 1 << 20);
         for variable in twoshot::config::VARIABLES {
             let decides = variable.meaning.contains("Must be the same") && variable.name != "TWOSHOT_SHARED_GPU"
-                || ["TWOSHOT_MAX_BLOCKS", "TWOSHOT_TUNING_FILE", "TWOSHOT_ENABLE", "TWOSHOT_MODE"]
+                || ["TWOSHOT_MAX_BLOCKS", "TWOSHOT_MEMORY", "TWOSHOT_TUNING_FILE", "TWOSHOT_ENABLE", "TWOSHOT_MODE"]
                     .contains(&variable.name);
             let changed = changes.iter().any(|(name, _)| *name == variable.name);
             assert_eq!(changed, decides, "{}", variable.name);
