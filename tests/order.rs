@@ -30,6 +30,11 @@ fn routed_and_stock_operations_on_different_streams_run_in_issue_order() {
 }
 
 #[test]
+fn on_the_default_stream_and_the_per_thread_one_too() {
+    chains("chain n=41 streams=2 seed=8 special=1; chain n=40 streams=1 seed=9 special=1 grouped=1");
+}
+
+#[test]
 fn in_groups_of_their_own_too() {
     chains("chain n=41 streams=3 seed=3 grouped=1; chain n=30 streams=4 seed=4 grouped=1");
 }

@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -185,6 +186,8 @@ def main():
             if rank == 0:
                 print(f"{way.__name__}: not in this PyTorch: {error}", flush=True)
     torch.cuda.synchronize()
+    # The watchdog notes an end when it next looks.
+    time.sleep(2)
     entries, incomplete = recorded(device)
     routed, stock = ctypes.c_uint64(), ctypes.c_uint64()
     if options.loaded:

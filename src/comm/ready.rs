@@ -230,7 +230,8 @@ impl Ready {
             return Ok(());
         }
         order.eager = Some(stream);
-        order.unmarked = !order.several;
+        // The per-thread stream is another one on every thread: it can only be marked here.
+        order.unmarked = !order.several && stream != RawStream::PER_THREAD;
         if order.unmarked {
             return Ok(());
         }

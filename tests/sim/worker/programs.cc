@@ -238,7 +238,7 @@ void Driver::replay(const Statement& s) {
 // `chain n=K streams=S`: an AllReduce from one buffer into another and a broadcast back, in turn, each on a stream that
 // every rank picks for itself. Each works on what the one before it left, and no event is between them: the order of the
 // communicator alone makes the result right. `captured`: all of it in one graph, whose branches are the streams.
-// `grouped`: each in a group of its own.
+// `grouped`: each in a group of its own. `special`: the legacy default stream and the per-thread one are among them.
 void Driver::chain(const Statement& s) {
   long steps = s.number("n", 20);
   size_t streams = size_t(s.number("streams", 3));
@@ -257,6 +257,10 @@ void Driver::chain(const Statement& s) {
     CUstream made = nullptr;
     accept_cuda(cuStreamCreate(&made, CU_STREAM_NON_BLOCKING), "cuStreamCreate");
     lane.streams.push_back(made);
+  }
+  std::vector<CUstream> over(lane.streams.begin(), lane.streams.begin() + long(streams));
+  for (uintptr_t handle : {0, 1, 2}) {
+    if (s.number("special", 0)) over.push_back(reinterpret_cast<CUstream>(handle));
   }
   Member member = lane.member();
   size_t bytes = count * sizeof(uint64_t);
@@ -282,7 +286,7 @@ void Driver::chain(const Statement& s) {
   Random lot(payload.seed, number, 1000 + uint64_t(lane.rank));
   auto pointer = [](const Buffer& buffer) { return reinterpret_cast<void*>(uintptr_t(buffer.base)); };
   for (long i = 0; i < steps && !failed_; ++i) {
-    CUstream stream = lane.streams[lot.below(streams)];
+    CUstream stream = over[lot.below(over.size())];
     if (!captured && lot.below(3) == 0) std::this_thread::sleep_for(std::chrono::microseconds(lot.below(2000)));
     if (grouped) accept(call::ncclGroupStart(), "ncclGroupStart");
     ncclResult_t result =
@@ -303,6 +307,7 @@ void Driver::chain(const Statement& s) {
   }
   for (CUevent event : events) accept_cuda(cuEventDestroy_v2(event), "cuEventDestroy");
   if (!accept(sync(lane), "sync")) return;
+  for (size_t i = streams; i < over.size(); ++i) accept_cuda(cuStreamSynchronize(over[i]), "cuStreamSynchronize");
   if (exec) accept_cuda(cuGraphExecDestroy(exec), "cuGraphExecDestroy");
   // Every sum after the first multiplies by the number of ranks.
   Expectation expected = reduce_reference(payload, ncclUint64, ncclSum, member.ranks, 0, count);
