@@ -132,11 +132,13 @@ fn nothing_is_exported_but_nccl_functions_plugin_tables_and_our_own_names() {
 }
 
 #[test]
-fn a_network_table_is_exported_for_every_version_that_nccl_2_20_to_2_32_asks_for_first() {
+fn every_table_is_exported_in_every_version_that_nccl_2_20_to_2_32_asks_for_first() {
     let bytes = twoshot();
     let exported = exported(&parse(&bytes));
-    for version in 8..=12 {
-        assert!(exported.contains(&format!("ncclNetPlugin_v{version}")), "v{version}");
+    for (family, versions) in [("ncclNetPlugin", 8..=12), ("ncclCollNetPlugin", 8..=12), ("ncclTunerPlugin", 3..=6)] {
+        for version in versions {
+            assert!(exported.contains(&format!("{family}_v{version}")), "{family}_v{version}");
+        }
     }
 }
 

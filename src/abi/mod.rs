@@ -1,11 +1,14 @@
 //! The doors: exported C symbols. Null checks, `catch_unwind`, and nothing else; decisions are made below.
 
 mod collectives;
+mod collnet;
 mod exchange;
 mod group;
 mod lifecycle;
 mod net;
 mod report;
+mod table;
+mod tuner;
 
 pub use report::Description;
 
@@ -108,6 +111,8 @@ fn prepare() {
     intercept::set_log(|line| warning!(-1, "{line}"));
     // Before stock NCCL opens anybody's plugin.
     intercept::withdraw(&net::tables());
+    intercept::withdraw(&collnet::tables());
+    intercept::withdraw(&tuner::tables());
 }
 
 thread_local! {
@@ -122,7 +127,13 @@ pub(crate) fn transparent() -> bool {
 
 fn off() -> bool {
     static OFF: OnceLock<bool> = OnceLock::new();
-    *OFF.get_or_init(|| Config::get().mode == Mode::Off)
+    *OFF.get_or_init(|| Config::get().mode != Mode::Direct)
+}
+
+/// Whether NCCL is offered our networks. A forked child has its parent's sockets and GPU state: it is offered nothing.
+pub(crate) fn collnet_mode() -> bool {
+    static ON: OnceLock<bool> = OnceLock::new();
+    *ON.get_or_init(|| Config::get().mode == Mode::CollNet) && !FORKED.load(Ordering::Relaxed)
 }
 
 /// Runs a stock function that may call public functions itself; those pass straight through.
@@ -179,6 +190,13 @@ pub(crate) fn record_at_exit() {
 /// program's calls to us.
 pub(crate) fn plugin_loaded(inside_nccl: *const c_void) {
     prepare();
+    if collnet_mode() {
+        watch_forks();
+        record_at_exit();
+        return;
+    }
+    // A tuner would be asked for its opinion of every collective.
+    intercept::conceal(&tuner::tables());
     if off() {
         return;
     }

@@ -23,6 +23,8 @@ pub enum Mode {
     /// Relocation slots, preload and by-path: `ncclAllReduce` itself is ours.
     #[default]
     Direct,
+    /// NCCL's own plugin interface: nothing is bound, NCCL hands its work to our networks.
+    CollNet,
     /// None: every call is stock's and nothing is bound.
     Off,
 }
@@ -58,6 +60,10 @@ pub struct Config {
     pub host_id: Option<String>,
     /// `TWOSHOT_SHARED_GPU`: lets several ranks share one GPU, for tests.
     pub shared_gpu: bool,
+    /// `TWOSHOT_NET`: the plugin whose network stands in for ours, in mode `collnet`.
+    pub net: Option<PathBuf>,
+    /// `NCCL_SOCKET_IFNAME`: which interfaces connections between ranks may use.
+    pub interfaces: Option<String>,
     /// `TWOSHOT_STATS`: where the counters are written.
     pub stats: Option<PathBuf>,
     /// `NVTX_INJECTION64_PATH`: the library of a profiler that wants to know of ranges.
@@ -93,7 +99,12 @@ impl Config {
     pub fn parse(var: impl Fn(&str) -> Option<OsString>) -> Result<Self, parse::Invalid> {
         let var = &var;
         let default = Self::default();
-        let mode = choice(var, "TWOSHOT_MODE", &[("direct", Mode::Direct), ("off", Mode::Off)])?;
+        let mode =
+            choice(var, "TWOSHOT_MODE", &[("direct", Mode::Direct), ("collnet", Mode::CollNet), ("off", Mode::Off)])?
+                .unwrap_or_default();
+        // In this mode NCCL itself decides what its variables mean; and it only asks where it sees the hosts of one
+        // fabric as separate ones, which is what `NCCL_MNNVL_ENABLE=0` is for.
+        let asked = mode == Mode::CollNet;
         let algorithm = choice(
             var,
             "TWOSHOT_ALGO",
@@ -101,7 +112,7 @@ impl Config {
         )?;
         let nvls = nccl_switch(var, "NCCL_NVLS_ENABLE").unwrap_or(true);
         Ok(Self {
-            mode: mode.unwrap_or_default(),
+            mode,
             enable: switch(var, "TWOSHOT_ENABLE")?.unwrap_or(default.enable),
             nccl_library: text(var, "TWOSHOT_NCCL_LIBRARY").map(PathBuf::from),
             algorithm: algorithm.flatten(),
@@ -116,12 +127,14 @@ impl Config {
                 .unwrap_or(default.setup_timeout_ms),
             host_id: string(var, "TWOSHOT_HOST_ID"),
             shared_gpu: switch(var, "TWOSHOT_SHARED_GPU")?.unwrap_or(false),
+            net: text(var, "TWOSHOT_NET").map(PathBuf::from),
+            interfaces: string(var, "NCCL_SOCKET_IFNAME"),
             stats: text(var, "TWOSHOT_STATS").map(PathBuf::from),
             nvtx: text(var, "NVTX_INJECTION64_PATH").map(PathBuf::from),
             tuning_file: text(var, "TWOSHOT_TUNING_FILE").map(PathBuf::from),
             tuning: None,
-            forbidden: forbidden(var),
-            mnnvl: nccl_switch(var, "NCCL_MNNVL_ENABLE").unwrap_or(true),
+            forbidden: forbidden(var, !asked),
+            mnnvl: asked || nccl_switch(var, "NCCL_MNNVL_ENABLE").unwrap_or(true),
             mnnvl_uuid: nccl_number(var, "NCCL_MNNVL_UUID"),
             mnnvl_clique: nccl_number(var, "NCCL_MNNVL_CLIQUE_ID").map(|n| n as u32),
             invalid: None,
@@ -182,6 +195,8 @@ impl Default for Config {
             setup_timeout_ms: 20_000,
             host_id: None,
             shared_gpu: false,
+            net: None,
+            interfaces: None,
             stats: None,
             nvtx: None,
             tuning_file: None,
@@ -230,8 +245,8 @@ fn string(var: &impl Fn(&str) -> Option<OsString>, name: &str) -> Option<String>
     text(var, name).map(|value| value.to_string_lossy().into_owned())
 }
 
-/// The variable by which the user told NCCL how to run AllReduce, or not to use peer memory at all.
-fn forbidden(var: &impl Fn(&str) -> Option<OsString>) -> Option<&'static str> {
+/// The variable by which the user told NCCL not to use peer memory at all or, where we choose, how to run AllReduce.
+fn forbidden(var: &impl Fn(&str) -> Option<OsString>, choosing: bool) -> Option<&'static str> {
     if nccl_switch(var, "NCCL_P2P_DISABLE") == Some(true) {
         return Some("NCCL_P2P_DISABLE=1");
     }
@@ -243,7 +258,7 @@ fn forbidden(var: &impl Fn(&str) -> Option<OsString>) -> Option<&'static str> {
         return Some("NCCL_P2P_LEVEL=LOC");
     }
     for (name, words) in [("NCCL_ALGO", "NCCL_ALGO names AllReduce"), ("NCCL_PROTO", "NCCL_PROTO names AllReduce")] {
-        if string(var, name).is_some_and(|value| names_allreduce(&value)) {
+        if choosing && string(var, name).is_some_and(|value| names_allreduce(&value)) {
             return Some(words);
         }
     }

@@ -21,7 +21,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "TWOSHOT_MODE",
         "direct",
-        "`direct` binds `ncclAllReduce`; `off` leaves NCCL as if the library were not there.",
+        "`direct` binds `ncclAllReduce`; `collnet` offers NCCL a collective network, a network and a tuner (`docs/official-door.md`); `off` leaves NCCL as if the library were not there.",
     ),
     variable(
         "TWOSHOT_ENABLE",
@@ -32,6 +32,11 @@ pub const VARIABLES: &[Variable] = &[
         "TWOSHOT_NCCL_LIBRARY",
         "(found)",
         "Path of the stock NCCL, where the library is opened by path or stands in for `libnccl.so.2`.",
+    ),
+    variable(
+        "TWOSHOT_NET",
+        "(own)",
+        "With `TWOSHOT_MODE=collnet`: path of a network plugin whose network NCCL uses in place of the one over NVLink.",
     ),
     variable(
         "TWOSHOT_ALGO",
@@ -85,20 +90,29 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "NCCL_ALGO",
         "(unset)",
-        "Obeyed: where it names AllReduce (or every function), AllReduce stays with stock NCCL.",
+        "Obeyed: where it names AllReduce (or every function), AllReduce stays with stock NCCL. With `TWOSHOT_MODE=collnet` NCCL obeys it by itself.",
     ),
     variable("NCCL_PROTO", "(unset)", "Obeyed like `NCCL_ALGO`."),
     variable("NCCL_P2P_DISABLE", "0", "Obeyed: `1` means no peer memory, so stock NCCL."),
     variable("NCCL_P2P_LEVEL", "(unset)", "Obeyed: `LOC` means no peer memory, so stock NCCL."),
     variable("NCCL_CUMEM_ENABLE", "(unset)", "Obeyed: `0` means no driver-API memory, so stock NCCL."),
     variable("NCCL_NVLS_ENABLE", "1", "Obeyed: `0` keeps every multicast call away."),
-    variable("NCCL_MNNVL_ENABLE", "(auto)", "Obeyed: `0` leaves host-spanning communicators to stock NCCL."),
+    variable(
+        "NCCL_MNNVL_ENABLE",
+        "(auto)",
+        "Obeyed: `0` leaves host-spanning communicators to stock NCCL, except with `TWOSHOT_MODE=collnet`.",
+    ),
     variable("NCCL_MNNVL_UUID", "(NVML)", "Replaces the cluster UUID, as for NCCL."),
     variable("NCCL_MNNVL_CLIQUE_ID", "(NVML)", "Replaces the clique id, as for NCCL."),
     variable(
         "NVTX_INJECTION64_PATH",
         "(unset)",
         "Set by profilers: set-ups and routed calls are shown as NVTX ranges. Unset, nothing is opened.",
+    ),
+    variable(
+        "NCCL_SOCKET_IFNAME",
+        "(first)",
+        "Obeyed with `TWOSHOT_MODE=collnet`: the interfaces over which the ranks find each other.",
     ),
     variable("NCCL_DEBUG", "(unset)", "`INFO` prints one line per communicator, `WARN` what went wrong."),
     variable("NCCL_DEBUG_SUBSYS", "(unset)", "Obeyed where it excludes the subsystems INIT and COLL."),

@@ -297,7 +297,11 @@ impl Scratch {
         stream.wait_forever()
     }
 
-    fn inside(&self, offset: u64, len: usize) -> Result<()> {
+    pub(super) fn context(&self) -> &Context {
+        &self.context
+    }
+
+    pub(super) fn inside(&self, offset: u64, len: usize) -> Result<()> {
         let end = offset.checked_add(len as u64);
         if end.is_none_or(|end| end > self.bytes) { Err(Error::Bug("a copy leaves its buffer")) } else { Ok(()) }
     }

@@ -4,6 +4,7 @@
 pub mod api;
 mod capture;
 mod context;
+mod copy;
 mod host;
 mod kernel;
 mod memory;
@@ -15,6 +16,7 @@ mod stream;
 
 pub use capture::{Capture, bury, capture_of, capturing, order_behind, reap, retain_for_graph, with_relaxed_capture};
 pub use context::{Context, Device, DeviceFacts, Entered};
+pub use copy::{Place, copy, current_ordinal, device_address, fill, ordinal_at};
 pub use host::HostMemory;
 pub use kernel::{Args, Control, ControlPage, Fault, Kernels, Launch, Module, SENTINEL, dependent_launch};
 pub use memory::{Allocation, HandleType, Imported, Mapping, Reservation, Scratch, Shareable, granularity};
@@ -22,6 +24,6 @@ pub use multicast::{
     AllAdded, BarrierPassed, Claim, Created, Divided, Division, MOST_OBJECTS, MulticastObject, Part, Slot,
     multicast_granularity,
 };
-pub use nvml::{FabricFacts, FabricState, fabric_facts, fabric_state, nvlink_between};
+pub use nvml::{FabricFacts, FabricState, fabric_facts, fabric_state, gpus, nvlink_between};
 pub use page::{link_of, published};
 pub use stream::{Event, RawStream, Stream, wait_for};

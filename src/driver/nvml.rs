@@ -17,10 +17,12 @@ use crate::error::{Error, Result};
 mod sys {
     include!(concat!(env!("OUT_DIR"), "/nvml_abi.rs"));
 }
-use sys::{nvmlDevice_t, nvmlGpuFabricInfo_t, nvmlGpuFabricInfo_v2_t};
+use sys::{nvmlDevice_t, nvmlGpuFabricInfo_t, nvmlGpuFabricInfo_v2_t, nvmlPciInfo_t};
 
 type InfoV = unsafe extern "C" fn(nvmlDevice_t, *mut c_void) -> c_int;
 type InfoV1 = unsafe extern "C" fn(nvmlDevice_t, *mut nvmlGpuFabricInfo_t) -> c_int;
+type ByIndex = unsafe extern "C" fn(c_uint, *mut nvmlDevice_t) -> c_int;
+type PciInfo = unsafe extern "C" fn(nvmlDevice_t, *mut nvmlPciInfo_t) -> c_int;
 type ByBusId = unsafe extern "C" fn(*const c_char, *mut nvmlDevice_t) -> c_int;
 type P2pStatus = unsafe extern "C" fn(nvmlDevice_t, nvmlDevice_t, c_uint, *mut c_uint) -> c_int;
 
@@ -145,6 +147,30 @@ pub fn fabric_state(bus_id: &[u8; 16]) -> Result<(FabricFacts, FabricState)> {
         }
     }
     Ok((FabricFacts::default(), FabricState::default()))
+}
+
+/// PCI bus ids of all GPUs of this host, in NVML's order: the same on every rank, whatever each of them sees through
+/// `CUDA_VISIBLE_DEVICES`.
+pub fn gpus() -> Result<Vec<[u8; 16]>> {
+    let nvml = Nvml::open()?;
+    let count_of = symbol::<unsafe extern "C" fn(*mut c_uint) -> c_int>(&nvml.library, b"nvmlDeviceGetCount_v2\0")?;
+    let find = symbol::<ByIndex>(&nvml.library, b"nvmlDeviceGetHandleByIndex_v2\0")?;
+    let place = symbol::<PciInfo>(&nvml.library, b"nvmlDeviceGetPciInfo_v3\0")?;
+    let mut count = 0;
+    // SAFETY: valid out-pointer.
+    check("nvmlDeviceGetCount_v2", unsafe { count_of(&mut count) })?;
+    (0..count)
+        .map(|index| {
+            let mut device = std::ptr::null_mut();
+            // SAFETY: valid out-pointer; a GPU that is not ours to see is an error code.
+            check("nvmlDeviceGetHandleByIndex_v2", unsafe { find(index, &mut device) })?;
+            // SAFETY: plain integers and text, for which zero is a value.
+            let mut info: nvmlPciInfo_t = unsafe { std::mem::zeroed() };
+            // SAFETY: a live device, valid out-pointer.
+            check("nvmlDeviceGetPciInfo_v3", unsafe { place(device, &mut info) })?;
+            Ok(info.busIdLegacy.map(|byte| byte as u8))
+        })
+        .collect()
 }
 
 /// Whether two GPUs of this host are connected by NVLink (directly or through a switch), both ways for stores.

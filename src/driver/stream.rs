@@ -45,7 +45,10 @@ fn poll(deadline: Option<Duration>, mut query: impl FnMut() -> Result<bool>) -> 
     }
 }
 
-/// A non-blocking stream of our own, used during set-up only.
+/// Lower than any priority that a device has: the driver takes the highest there is.
+const FIRST: i32 = -1000;
+
+/// A non-blocking stream of our own.
 pub struct Stream {
     context: Arc<Context>,
     raw: sys::CUstream,
@@ -63,6 +66,16 @@ impl Stream {
         let mut raw = std::ptr::null_mut();
         // SAFETY: valid out-pointer, the right context is current.
         unsafe { call!(context.api(), cuStreamCreate(&mut raw, sys::CU_STREAM_NON_BLOCKING)) }?;
+        Ok(Self { context: Arc::clone(context), raw })
+    }
+
+    /// Creates one whose work goes before everybody else's: NCCL's kernels wait for it.
+    pub fn first(context: &Arc<Context>) -> Result<Self> {
+        let _entered = context.enter()?;
+        let mut raw = std::ptr::null_mut();
+        let flags = sys::CU_STREAM_NON_BLOCKING;
+        // SAFETY: valid out-pointer, the right context is current.
+        unsafe { call!(context.api(), cuStreamCreateWithPriority(&mut raw, flags, FIRST)) }?;
         Ok(Self { context: Arc::clone(context), raw })
     }
 
@@ -145,15 +158,18 @@ impl Event {
         unsafe { call!(self.context.api(), cuStreamWaitEvent(stream.raw(), self.raw, 0)) }
     }
 
+    /// Whether the last recorded point was reached.
+    pub fn done(&self) -> Result<bool> {
+        // SAFETY: the event is alive.
+        match unsafe { (self.context.api().cuEventQuery)(self.raw) } {
+            NOT_READY => Ok(false),
+            code => super::api::check("cuEventQuery", code).map(|()| true),
+        }
+    }
+
     /// Waits on the host, at most `deadline`; says whether the point was reached.
     pub fn wait(&self, deadline: Duration) -> Result<bool> {
-        poll(Some(deadline), || {
-            // SAFETY: the event is alive.
-            match unsafe { (self.context.api().cuEventQuery)(self.raw) } {
-                NOT_READY => Ok(false),
-                code => super::api::check("cuEventQuery", code).map(|()| true),
-            }
-        })
+        poll(Some(deadline), || self.done())
     }
 }
 

@@ -15,7 +15,7 @@ mod trampoline;
 
 pub use functions::{CallConfig, Code, Comm, Config, Functions, Stream, UniqueId};
 pub use relocate::BindReport;
-pub use scope::withdraw;
+pub use scope::{conceal, withdraw};
 pub use stock::{Stock, StockError, learn_caller, set_explicit_path, stock};
 pub use trampoline::set_log;
 

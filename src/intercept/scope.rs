@@ -37,6 +37,11 @@ pub fn withdraw(symbols: &[(&CStr, *const c_void)]) -> usize {
     symbols.iter().filter(|(name, address)| found(program, name) == *address && erase(name, *address)).count()
 }
 
+/// Takes these symbols of ours out of everybody's sight, also of who holds a handle of this library. Says how many.
+pub fn conceal(symbols: &[(&CStr, *const c_void)]) -> usize {
+    symbols.iter().filter(|(name, address)| erase(name, *address)).count()
+}
+
 fn found(program: *mut c_void, name: &CStr) -> *const c_void {
     // SAFETY: an open handle and a C string.
     unsafe { libc::dlsym(program, name.as_ptr()) }

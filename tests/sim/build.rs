@@ -44,6 +44,7 @@ fn main() {
     {
         println!("cargo::rerun-if-changed={}", watched.display());
     }
+    println!("cargo::rerun-if-changed={}", dir("plugin").display());
     fs::create_dir_all(out.join("lib/old")).expect("OUT_DIR/lib/old");
     fs::create_dir_all(out.join("bin")).expect("OUT_DIR/bin");
 
@@ -121,6 +122,14 @@ fn main() {
             link: ["-Wl,-z,lazy", "-lnccl", "-lcuda", "-ldl"].map(Into::into).to_vec(),
         });
     }
+    targets.push(Target {
+        output: "bin/sim_plugin",
+        link_name: None,
+        sources: sources(&dir("plugin")),
+        includes: vec![include.clone(), dir("plugin")],
+        define: &[],
+        link: ["-Wl,-z,lazy", "-lcuda", "-ldl"].map(Into::into).to_vec(),
+    });
     let mut executor = sources(&dir("exec"));
     executor.push(dir("exec").join("selftest.cc"));
     targets.push(Target {

@@ -275,7 +275,7 @@ bool tuner_prefers_collnet(Comm& comm, int collective, size_t bytes, bool base) 
   }
   for (float& cost : costs[NCCL_ALGO_TREE]) cost = 30;
   for (float& cost : costs[NCCL_ALGO_RING]) cost = 40;
-  if (base) costs[NCCL_ALGO_COLLNET_DIRECT][NCCL_PROTO_SIMPLE] = 20;
+  if (base) costs[NCCL_ALGO_COLLNET_DIRECT][NCCL_PROTO_SIMPLE] = float(env_number("SIM_NCCL_COLLNET_COST", 20));
   int channels = 0;
   Loader& all = loader();
   ncclResult_t status = all.tuner.coll_info(comm.plugin->tuner_context, collective, bytes, &costs[0][0],

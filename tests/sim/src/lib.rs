@@ -62,6 +62,11 @@ pub fn worker() -> &'static Path {
     Path::new(concat!(env!("OUT_DIR"), "/bin/sim_worker"))
 }
 
+/// The program that calls a network plugin's tables as NCCL's proxy does.
+pub fn plugin_driver() -> &'static Path {
+    Path::new(concat!(env!("OUT_DIR"), "/bin/sim_plugin"))
+}
+
 /// The program behind this crate's own tests.
 pub fn selftest() -> &'static Path {
     Path::new(concat!(env!("OUT_DIR"), "/bin/sim_selftest"))

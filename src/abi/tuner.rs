@@ -1,0 +1,141 @@
+//! The tuner: tables of versions 3 to 6 over `official::tuner`. It answers in mode `collnet`; in the others NCCL does not
+//! find it, or is told nothing.
+#![allow(non_upper_case_globals)]
+
+use std::ffi::{CStr, c_int, c_void};
+
+use super::table::{Table, put};
+use super::{Code, code, collnet_mode, guard};
+use crate::official::tuner::advise;
+use bindings::*;
+
+#[allow(
+    dead_code,
+    missing_docs,
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    clippy::all,
+    clippy::undocumented_unsafe_blocks
+)]
+mod bindings {
+    include!(concat!(env!("OUT_DIR"), "/tuner_abi.rs"));
+}
+
+/// # Safety
+/// `context` is null or NCCL's own variable.
+unsafe extern "C" fn begin(_: usize, _: usize, _: ncclDebugLogger_t, context: *mut *mut c_void) -> Code {
+    // SAFETY: the caller's promise.
+    unsafe { put(context, std::ptr::null_mut()) };
+    code::SUCCESS
+}
+
+/// # Safety
+/// As for [`begin`].
+unsafe extern "C" fn begin_named<D, C>(
+    context: *mut *mut c_void,
+    _: u64,
+    _: usize,
+    _: usize,
+    _: ncclDebugLogger_t,
+    _: *mut D,
+    _: *mut C,
+) -> Code {
+    // SAFETY: as above.
+    unsafe { put(context, std::ptr::null_mut()) };
+    code::SUCCESS
+}
+
+unsafe extern "C" fn end(_: *mut c_void) -> Code {
+    code::SUCCESS
+}
+
+/// # Safety
+/// `costs` is null or a table of `algorithms` by `protocols` numbers, which the type of the pointer does not say.
+unsafe fn price(function: ncclFunc_t, bytes: usize, costs: *mut *mut f32, algorithms: c_int, protocols: c_int) -> Code {
+    guard(|| {
+        let (Ok(algorithms), Ok(protocols)) = (usize::try_from(algorithms), usize::try_from(protocols)) else {
+            return code::SUCCESS;
+        };
+        if collnet_mode() && !costs.is_null() && algorithms <= 64 && protocols <= 64 {
+            // SAFETY: the caller's promise.
+            let costs = unsafe { std::slice::from_raw_parts_mut(costs.cast::<f32>(), algorithms * protocols) };
+            let _ = advise(function, bytes as u64, costs, protocols);
+        }
+        code::SUCCESS
+    })
+}
+
+/// # Safety
+/// As for [`price`].
+unsafe extern "C" fn price_v3(
+    _: *mut c_void,
+    function: ncclFunc_t,
+    bytes: usize,
+    _: c_int,
+    costs: *mut *mut f32,
+    algorithms: c_int,
+    protocols: c_int,
+    _: *mut c_int,
+) -> Code {
+    // SAFETY: as above.
+    unsafe { price(function, bytes, costs, algorithms, protocols) }
+}
+
+/// # Safety
+/// As for [`price`].
+unsafe extern "C" fn price_v4(
+    _: *mut c_void,
+    function: ncclFunc_t,
+    bytes: usize,
+    _: c_int,
+    costs: *mut *mut f32,
+    algorithms: c_int,
+    protocols: c_int,
+    _: c_int,
+    _: *mut c_int,
+) -> Code {
+    // SAFETY: as above.
+    unsafe { price(function, bytes, costs, algorithms, protocols) }
+}
+
+const NAME: *const std::ffi::c_char = c"twoshot".as_ptr();
+
+/// See the head of this file.
+#[unsafe(no_mangle)]
+pub static ncclTunerPlugin_v3: Table<ncclTuner_v3_t> =
+    Table::new(ncclTuner_v3_t { name: NAME, init: Some(begin), getCollInfo: Some(price_v3), destroy: Some(end) });
+
+/// See the head of this file.
+#[unsafe(no_mangle)]
+pub static ncclTunerPlugin_v4: Table<ncclTuner_v4_t> =
+    Table::new(ncclTuner_v4_t { name: NAME, init: Some(begin), getCollInfo: Some(price_v4), destroy: Some(end) });
+
+/// See the head of this file.
+#[unsafe(no_mangle)]
+pub static ncclTunerPlugin_v5: Table<ncclTuner_v5_t> = Table::new(ncclTuner_v5_t {
+    name: NAME,
+    init: Some(begin_named),
+    getCollInfo: Some(price_v4),
+    finalize: Some(end),
+});
+
+/// See the head of this file.
+#[unsafe(no_mangle)]
+pub static ncclTunerPlugin_v6: Table<ncclTuner_v6_t> = Table::new(ncclTuner_v6_t {
+    name: NAME,
+    init: Some(begin_named),
+    getCollInfo: Some(price_v4),
+    finalize: Some(end),
+    getChunkSize: None,
+});
+
+/// Names and addresses of the tables.
+pub(super) fn tables() -> [(&'static CStr, *const c_void); 4] {
+    [
+        (c"ncclTunerPlugin_v3", (&raw const ncclTunerPlugin_v3).cast()),
+        (c"ncclTunerPlugin_v4", (&raw const ncclTunerPlugin_v4).cast()),
+        (c"ncclTunerPlugin_v5", (&raw const ncclTunerPlugin_v5).cast()),
+        (c"ncclTunerPlugin_v6", (&raw const ncclTunerPlugin_v6).cast()),
+    ]
+}
