@@ -1,0 +1,250 @@
+"""One rank of scripts/gpu/official_check: NCCL called directly, memory and references by PyTorch.
+
+Values are small whole numbers, chosen so that every result is exact in every type; comparisons are of bits.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import sys
+import time
+
+import torch
+
+TYPES = {
+    "int8": (0, torch.int8), "uint8": (1, torch.uint8), "int32": (2, torch.int32), "uint32": (3, torch.int32),
+    "int64": (4, torch.int64), "uint64": (5, torch.int64), "float16": (6, torch.float16), "float32": (7, torch.float32),
+    "float64": (8, torch.float64), "bfloat16": (9, torch.bfloat16), "float8e4m3": (10, torch.float8_e4m3fn),
+    "float8e5m2": (11, torch.float8_e5m2),
+}
+OPS = ["sum", "prod", "max", "min", "avg"]
+SIZES = [("AllReduce", 1 << 10), ("AllReduce", 64 << 10), ("AllReduce", 1 << 20), ("AllReduce", 64 << 20),
+         ("SendRecv", 16 << 20), ("AllGather", 16 << 20)]
+TARGETS = {("AllReduce", 1 << 10): 1.5, ("AllReduce", 64 << 10): 4, ("AllReduce", 1 << 20): 6,
+           ("AllReduce", 64 << 20): 20, ("SendRecv", 16 << 20): 10, ("AllGather", 16 << 20): 10}
+
+
+class UniqueId(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_byte * 128)]
+
+
+def library():
+    name = os.environ.get("NCCL_LIBRARY", "libnccl.so.2")
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        import nvidia.nccl
+        return ctypes.CDLL(os.path.join(list(nvidia.nccl.__path__)[0], "lib", "libnccl.so.2"))
+
+
+class Rank:
+    def __init__(self, options):
+        self.rank, self.ranks = options.rank, options.ranks
+        self.device = torch.device("cuda", self.rank % torch.cuda.device_count())
+        torch.cuda.set_device(self.device)
+        torch.zeros(1, device=self.device)
+        self.nccl = library()
+        version = ctypes.c_int()
+        self.ok(self.nccl.ncclGetVersion(ctypes.byref(version)))
+        self.version = version.value
+        self.comm = ctypes.c_void_p()
+        unique, path = UniqueId(), os.path.join(options.dir, "id")
+        if self.rank == 0:
+            self.ok(self.nccl.ncclGetUniqueId(ctypes.byref(unique)))
+            with open(path + ".partial", "wb") as file:
+                file.write(bytes(unique))
+            os.rename(path + ".partial", path)
+        while not os.path.exists(path):
+            time.sleep(0.01)
+        with open(path, "rb") as file:
+            unique = UniqueId.from_buffer_copy(file.read())
+        self.nccl.ncclCommInitRank.argtypes = [ctypes.c_void_p, ctypes.c_int, UniqueId, ctypes.c_int]
+        self.ok(self.nccl.ncclCommInitRank(ctypes.byref(self.comm), self.ranks, unique, self.rank))
+        self.stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+
+    def ok(self, code):
+        if code != 0:
+            raise RuntimeError(f"rank {self.rank}: NCCL returned {code}")
+
+    def call(self, name, *arguments):
+        wrapped = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+        self.ok(getattr(self.nccl, name)(*wrapped, self.comm, self.stream))
+
+    def all_reduce(self, send, receive, count, dtype, op):
+        self.call("ncclAllReduce", send, receive, ctypes.c_size_t(count), dtype, op)
+
+    def send_recv(self, send, receive, count, to, source):
+        self.ok(self.nccl.ncclGroupStart())
+        self.call("ncclSend", send, ctypes.c_size_t(count), 0, to)
+        self.call("ncclRecv", receive, ctypes.c_size_t(count), 0, source)
+        self.ok(self.nccl.ncclGroupEnd())
+
+    def close(self):
+        torch.cuda.synchronize()
+        self.ok(self.nccl.ncclCommDestroy(self.comm))
+
+
+def values(seed, rank, ranks, count, op, signed):
+    generator = torch.Generator().manual_seed(seed * 1013 + rank)
+    if op == "prod":
+        return torch.randint(1, 3, (count,), generator=generator)
+    low = -2 if signed else 0
+    numbers = torch.randint(low, 3, (count,), generator=generator)
+    return numbers * ranks if op == "avg" else numbers
+
+
+def expected(all_values, op):
+    stacked = torch.stack(all_values)
+    return {"sum": lambda: stacked.sum(0), "prod": lambda: stacked.prod(0), "max": lambda: stacked.max(0).values,
+            "min": lambda: stacked.min(0).values, "avg": lambda: stacked.sum(0) // len(all_values)}[op]()
+
+
+def as_bytes(numbers, torch_type):
+    wide = numbers.to(torch.float32) if torch_type.is_floating_point else numbers
+    return wide.to(torch_type).contiguous().view(torch.uint8)
+
+
+def check_all_reduce(me):
+    wrong = calls = 0
+    for name, (number, torch_type) in TYPES.items():
+        if number >= 10 and me.version < 22400:
+            continue
+        for op_number, op in enumerate(OPS):
+            for round_, count in enumerate([1, 1021, 70_001 + 13 * op_number, 900_000 if op == "sum" else 4096]):
+                seed = number * 100 + op_number * 10 + round_
+                signed = not name.startswith("u")
+                numbers = [values(seed, rank, me.ranks, count, op, signed) for rank in range(me.ranks)]
+                want = as_bytes(expected(numbers, op), torch_type)
+                mine = as_bytes(numbers[me.rank], torch_type).to(me.device)
+                out = torch.full((want.numel() + 64,), 0xA5, dtype=torch.uint8, device=me.device)
+                me.all_reduce(mine, out, count, number, op_number)
+                got = out.cpu()
+                good = torch.equal(got[:want.numel()], want) and bool((got[want.numel():] == 0xA5).all())
+                calls += 1
+                if not good:
+                    wrong += 1
+                    at = int((got[:want.numel()] != want).nonzero()[0]) if not torch.equal(got[:want.numel()], want) else -1
+                    print(f"rank {me.rank}: AllReduce {name} {op} count {count}: wrong at byte {at}", flush=True)
+    return calls, wrong
+
+
+def check_others(me):
+    wrong = calls = 0
+
+    def data(seed, rank, count):
+        generator = torch.Generator().manual_seed(seed * 7919 + rank)
+        return torch.randint(0, 256, (count,), generator=generator, dtype=torch.uint8)
+
+    def compare(what, got, want):
+        nonlocal wrong, calls
+        calls += 1
+        if not torch.equal(got.cpu(), want):
+            wrong += 1
+            print(f"rank {me.rank}: {what} is wrong", flush=True)
+
+    n, everyone = ctypes.c_size_t, range(me.ranks)
+    for count in [1, 4099, 1_000_003, 20_000_000]:
+        all_data = [data(count, rank, count) for rank in everyone]
+        mine = all_data[me.rank].to(me.device)
+        out = torch.zeros(count * me.ranks, dtype=torch.uint8, device=me.device)
+        me.call("ncclAllGather", mine, out, n(count), 0)
+        compare(f"AllGather of {count}", out, torch.cat(all_data))
+        one = torch.zeros(count, dtype=torch.uint8, device=me.device)
+        me.call("ncclBroadcast", mine, one, n(count), 0, me.ranks - 1)
+        compare(f"Broadcast of {count}", one, all_data[-1])
+        to, source = (me.rank + 1) % me.ranks, (me.rank - 1) % me.ranks
+        one = torch.zeros(count, dtype=torch.uint8, device=me.device)
+        me.send_recv(mine, one, count, to, source)
+        compare(f"Send and Recv of {count}", one, all_data[source])
+        small = max(1, count // 8)
+        wide = [torch.stack([data(count + r, rank, small) for r in everyone]) for rank in everyone]
+        send, out = wide[me.rank].to(me.device), torch.zeros(me.ranks, small, dtype=torch.uint8, device=me.device)
+        me.ok(me.nccl.ncclGroupStart())
+        for peer in everyone:
+            me.call("ncclSend", send[peer], n(small), 0, peer)
+            me.call("ncclRecv", out[peer], n(small), 0, peer)
+        me.ok(me.nccl.ncclGroupEnd())
+        compare(f"AlltoAll of {small}", out, torch.stack([wide[peer][me.rank] for peer in everyone]))
+        numbers = [values(count, rank, me.ranks, small * me.ranks, "sum", True).to(torch.int32) for rank in everyone]
+        total = torch.stack(numbers).sum(0).to(torch.int32)
+        send, out = numbers[me.rank].to(me.device), torch.zeros(small, dtype=torch.int32, device=me.device)
+        me.call("ncclReduceScatter", send, out, n(small), 2, 0)
+        compare(f"ReduceScatter of {small}", out, total.view(me.ranks, small)[me.rank])
+        out = torch.zeros(small * me.ranks, dtype=torch.int32, device=me.device)
+        me.call("ncclReduce", send, out, n(small * me.ranks), 2, 0, 0)
+        torch.cuda.synchronize()
+        if me.rank == 0:
+            compare(f"Reduce of {small * me.ranks}", out, total)
+    return calls, wrong
+
+
+def measure(me, what, size):
+    send = torch.zeros(size, dtype=torch.uint8, device=me.device)
+    receive = torch.zeros(size * (me.ranks if what == "AllGather" else 1), dtype=torch.uint8, device=me.device)
+    to, source = (me.rank + 1) % me.ranks, (me.rank - 1) % me.ranks
+    call = {
+        "AllReduce": lambda: me.all_reduce(send, receive, size // 2, 9, 0),
+        "SendRecv": lambda: me.send_recv(send, receive, size, to, source),
+        "AllGather": lambda: me.call("ncclAllGather", send, receive, ctypes.c_size_t(size), 0),
+    }[what]
+    repeats = 200 if size <= 64 << 10 else 50 if size <= 1 << 20 else 10
+    best = []
+    for _ in range(3):
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+        best.append((time.perf_counter() - start) / repeats * 1e6)
+    return sorted(best)[1]
+
+
+def compare(paths):
+    tables = []
+    for path in paths:
+        try:
+            with open(path) as file:
+                tables.append({tuple(key): us for key, us in json.load(file)})
+        except OSError:
+            tables.append({})
+    print("| call | bytes | sockets, us | official door, us | times faster | wanted | ring over NVLink, us |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for key in SIZES:
+        sockets, ours, ring = (table.get(key) for table in tables)
+        text = [f"{us:.1f}" if us else "-" for us in (sockets, ours, ring)]
+        ratio = f"{sockets / ours:.1f}" if sockets and ours else "-"
+        print(f"| {key[0]} | {key[1]} | {text[0]} | {text[1]} | {ratio} | {TARGETS[key]} | {text[2]} |")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--dir")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--times", action="store_true")
+    parser.add_argument("--compare", nargs=3)
+    options = parser.parse_args()
+    if options.compare:
+        return compare(options.compare)
+    me = Rank(options)
+    wrong = 0
+    if options.check:
+        for name, check in [("AllReduce", check_all_reduce), ("the other collectives", check_others)]:
+            calls, bad = check(me)
+            wrong += bad
+            print(f"rank {me.rank}: {name}: {calls} calls, {bad} wrong (NCCL {me.version})", flush=True)
+    if options.times:
+        times = [(key, measure(me, *key)) for key in SIZES]
+        if me.rank == 0:
+            with open(os.path.join(options.dir, "times"), "w") as file:
+                json.dump(times, file)
+    me.close()
+    return sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
