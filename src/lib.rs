@@ -3,7 +3,7 @@
 //! ```text
 //! doors     abi/        exported C symbols: nccl.h functions, network plugin tables
 //!           intercept/  call slots, the stock library, pass-through of all other nccl* functions
-//!           official/   what NCCL's plugin interface is offered: a collective network, a tuner
+//!           official/   what NCCL's plugin interface is offered: a collective network, a network, a tuner
 //! policy    route       (call, agreement) -> plan | stock: pure
 //!           comm        the state of a communicator, its launches, the registry
 //!           setup       probe, vote, allocate, vote, map, vote, known answer, vote

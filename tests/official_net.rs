@@ -101,6 +101,12 @@ fn connecting_says_try_again_until_the_slowest_has_come() {
 }
 
 #[test]
+fn a_capture_on_another_thread_does_not_suffer() {
+    let (session, outcomes) = run(&Topology::one_host(2), "capture", 11, 12, &[]);
+    expect_clean(&session, &outcomes, &[]);
+}
+
+#[test]
 fn a_dead_sender_becomes_an_error() {
     let (session, outcomes) = run(&Topology::one_host(3), "die", 11, 8, &[]);
     assert_eq!(outcomes[1].end, End::Signal(9));

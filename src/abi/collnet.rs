@@ -13,7 +13,7 @@ use std::ffi::{c_int, c_void};
 use super::net::{ncclNetPlugin_v8, ncclNetPlugin_v9, ncclNetPlugin_v10, ncclNetPlugin_v11, ncclNetPlugin_v12};
 use super::table::bindings::*;
 use super::table::{Table, put};
-use super::{Code, code, collnet_mode, guard, result_of};
+use super::{Code, code, collnet_mode, guard, on_progress_thread, result_of};
 use crate::call::{DataType, ReduceOp};
 use crate::error::Error;
 use crate::official::address::HANDLE;
@@ -159,7 +159,7 @@ unsafe fn issue(
     request: *mut *mut c_void,
     operation: impl FnOnce(&Coll) -> crate::error::Result<Option<&std::sync::Arc<Request>>>,
 ) -> Code {
-    guard(|| {
+    on_progress_thread(|| {
         // SAFETY: the caller's promise; NCCL uses a communicator from one thread at a time, and reads only here.
         let Some(coll) = (unsafe { coll.cast::<Coll>().as_ref() }) else { return code::INTERNAL };
         match operation(coll) {
@@ -306,7 +306,7 @@ unsafe extern "C" fn iflush(
 /// # Safety
 /// `request` is one of a live communicator, and was not reported as done; the others are null or NCCL's own.
 unsafe extern "C" fn test(request: *mut c_void, done: *mut c_int, size: *mut c_int) -> Code {
-    guard(|| {
+    on_progress_thread(|| {
         // SAFETY: the caller's promise: the communicator keeps the request.
         let Some(request) = (unsafe { request.cast::<Request>().as_ref() }) else { return code::INTERNAL };
         // SAFETY: as above.

@@ -62,6 +62,14 @@ pub(crate) fn guard(body: impl FnOnce() -> Code) -> Code {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or(code::INTERNAL)
 }
 
+/// The same for what NCCL's progress thread calls, which belongs to NCCL alone.
+pub(crate) fn on_progress_thread(body: impl FnOnce() -> Code) -> Code {
+    guard(|| {
+        crate::driver::relax_thread();
+        body()
+    })
+}
+
 /// The stock library, or the code that a caller gets where there is none.
 pub(crate) fn stock() -> Result<&'static Stock, Code> {
     prepare();

@@ -119,7 +119,8 @@ fn the_documentation_lists_exactly_the_variables_the_library_reads() {
 #[test]
 fn in_mode_collnet_nccls_own_words_are_left_to_nccl_and_peer_memory_still_needs_leave() {
     let parse = |pairs: &[(&str, &str)]| parse(&[&[("TWOSHOT_MODE", "collnet")], pairs].concat()).unwrap();
-    let config = parse(&[("NCCL_ALGO", "allreduce:collnetchain"), ("NCCL_MNNVL_ENABLE", "0"), ("TWOSHOT_NET", "/x.so")]);
+    let config =
+        parse(&[("NCCL_ALGO", "allreduce:collnetchain"), ("NCCL_MNNVL_ENABLE", "0"), ("TWOSHOT_NET", "/x.so")]);
     assert_eq!((config.mode, config.forbidden, config.mnnvl), (Mode::CollNet, None, true));
     assert_eq!(config.net, Some(PathBuf::from("/x.so")));
     assert!(parse(&[("NCCL_P2P_DISABLE", "1")]).forbidden.is_some());

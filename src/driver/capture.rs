@@ -1,6 +1,7 @@
 //! Stream capture: what is captured, order inside a graph, and what a graph keeps alive.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -125,6 +126,23 @@ pub fn retain_for_graph(context: &Context, capture: &Capture, kept: Kept) -> Res
     let give = sys::CU_GRAPH_USER_OBJECT_MOVE;
     // SAFETY: the graph is the one being captured; it takes over our only reference.
     unsafe { call!(api, cuGraphRetainUserObject(graph, object, 1, give)) }
+}
+
+/// Relaxes the capture mode of this thread for good, once: NCCL's progress thread asks events and queues copies while
+/// the program captures on another thread, whose capture must not suffer.
+pub fn relax_thread() {
+    thread_local! {
+        static RELAXED: Cell<bool> = const { Cell::new(false) };
+    }
+    if RELAXED.try_with(|relaxed| relaxed.replace(true)).unwrap_or(true) {
+        return;
+    }
+    let Ok(api) = api::api() else { return };
+    let mut mode = sys::CU_STREAM_CAPTURE_MODE_RELAXED as i32;
+    // SAFETY: valid in-out pointer.
+    if let Err(error) = unsafe { call!(api, cuThreadExchangeStreamCaptureMode(&mut mode)) } {
+        warning!(-1, "{error}");
+    }
 }
 
 /// Runs `work` with this thread's capture mode relaxed, so that allocations of a set-up do not invalidate a capture

@@ -14,7 +14,9 @@ pub mod nvtx;
 mod page;
 mod stream;
 
-pub use capture::{Capture, bury, capture_of, capturing, order_behind, reap, retain_for_graph, with_relaxed_capture};
+pub use capture::{
+    Capture, bury, capture_of, capturing, order_behind, reap, relax_thread, retain_for_graph, with_relaxed_capture,
+};
 pub use context::{Context, Device, DeviceFacts, Entered};
 pub use copy::{Place, copy, current_ordinal, device_address, fill, ordinal_at};
 pub use host::HostMemory;

@@ -153,7 +153,8 @@ impl Coll {
         let context = bounded("retaining the primary context", deadline, move || crate::setup::context(device));
         let own = context.as_ref().ok().map(Arc::clone);
         let communicator = Communicator::default();
-        communicator.set_up(&mut exchange, device, context)?;
+        // Which NCCL it is cannot be told here; a program may hold it in itself.
+        communicator.set_up(&mut exchange, device, context, 0)?;
         let (State::Ready(ready), Some(context)) = (communicator.state(), own) else { return Ok(None) };
         let ready = Arc::clone(ready);
         Self::new(communicator, Arc::clone(&ready), exchange, context)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::super::table::bindings::*;
 use super::super::table::put;
-use super::super::{Code, code, guard, result_of};
+use super::super::{Code, code, guard, on_progress_thread, result_of};
 use super::ours;
 use crate::error::Error;
 use crate::official::address::HANDLE;
@@ -206,7 +206,7 @@ pub(super) unsafe extern "C" fn isend(
     mr: *mut c_void,
     request: *mut *mut c_void,
 ) -> Code {
-    guard(|| {
+    on_progress_thread(|| {
         // SAFETY: the caller's promise.
         let Some(comm) = (unsafe { comm.cast::<SendComm>().as_ref() }).filter(|_| ours()) else {
             return code::INTERNAL;
@@ -260,7 +260,7 @@ pub(super) unsafe extern "C" fn irecv<S: Copy + TryInto<u64>>(
     mrs: *mut *mut c_void,
     request: *mut *mut c_void,
 ) -> Code {
-    guard(|| {
+    on_progress_thread(|| {
         // SAFETY: the caller's promise.
         let Some(comm) = (unsafe { comm.cast::<RecvComm>().as_ref() }).filter(|_| ours()) else {
             return code::INTERNAL;
@@ -317,7 +317,7 @@ pub(super) unsafe extern "C" fn iflush(
 /// `request` is one of a live connection, and was not reported as done; `done` is null or NCCL's own, `sizes` null or as
 /// many numbers as the request has buffers.
 pub(super) unsafe extern "C" fn test(request: *mut c_void, done: *mut c_int, sizes: *mut c_int) -> Code {
-    guard(|| {
+    on_progress_thread(|| {
         // SAFETY: the caller's promise: the connection keeps the request.
         let Some(request) = (unsafe { request.cast::<Request>().as_ref() }).filter(|_| ours()) else {
             return code::INTERNAL;

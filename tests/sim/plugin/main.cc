@@ -9,6 +9,7 @@
 //   close      both ends close with requests in flight
 //   die        rank 1 is killed in mid-transfer; the others get an error
 //   late       connect and accept say "try again" until the slowest rank has come
+//   capture    messages move on one thread while another captures a graph
 //   collect    a collective communicator: slices in flight, windows of AllGather and ReduceScatter
 //   collclose  a collective communicator is closed with requests that wait for a rank
 #include <signal.h>
@@ -411,6 +412,45 @@ void late(const Options& o) {
   close_ring(net, ring);
 }
 
+void capture(const Options& o) {
+  Net net(o.library, o.version);
+  ok(net.init(), "init");
+  Ring ring = connect_ring(o, net, "capture");
+  Memory out(70000, false), in(70000, false);
+  ok(net.reg(ring.send, out.data(), out.size(), NCCL_PTR_CUDA, &out.mr), "reg");
+  for (size_t b = 0; b < out.size(); ++b) out.data()[b] = content(o.rank, 6, b);
+  CUstream stream = nullptr;
+  CUgraph graph = nullptr;
+  CUcontext context = nullptr;
+  cuda(cuCtxGetCurrent(&context), "cuCtxGetCurrent");
+  cuda(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING), "cuStreamCreate");
+  cuda(cuStreamBeginCapture_v2(stream, CU_STREAM_CAPTURE_MODE_GLOBAL), "cuStreamBeginCapture");
+  std::string failure;
+  std::thread progress([&] {
+    try {
+      cuda(cuCtxSetCurrent(context), "cuCtxSetCurrent");
+      std::mt19937 random(o.seed);
+      for (int round = 0; round < 5; ++round) {
+        std::vector<Flight> flights = {{nullptr, {}, true}, {nullptr, {}, false}};
+        ok(net.irecv(ring.recv, {in.data()}, {in.size()}, {1}, {out.mr}, &flights[0].request), "irecv");
+        ok(net.isend(ring.send, out.data(), out.size(), 1, out.mr, &flights[1].request), "isend");
+        wait_all(net, flights, random, [](const Flight&, const int*) {});
+      }
+    } catch (const std::exception& error) {
+      failure = error.what();
+    }
+  });
+  progress.join();
+  check(failure.empty(), failure);
+  cuda(cuStreamEndCapture(stream, &graph), "cuStreamEndCapture: a capture was broken by the network");
+  cuda(cuGraphDestroy(graph), "cuGraphDestroy");
+  cuda(cuStreamDestroy_v2(stream), "cuStreamDestroy");
+  for (size_t b = 0; b < in.size(); ++b) {
+    check(in.data()[b] == content((o.rank + o.ranks - 1) % o.ranks, 6, b), "a byte");
+  }
+  close_ring(net, ring);
+}
+
 void* connect_all(const Options& o, const CollNet& net, const std::string& name) {
   std::vector<uint8_t> mine(NCCL_NET_HANDLE_MAXSIZE);
   void* listener = nullptr;
@@ -616,6 +656,7 @@ int run(const Options& o) {
   else if (o.program == "close") close_in_flight(o);
   else if (o.program == "die") die(o);
   else if (o.program == "late") late(o);
+  else if (o.program == "capture") capture(o);
   else if (o.program == "collect") collect(o);
   else if (o.program == "collclose") close_collective(o);
   else throw std::runtime_error("unknown program " + o.program);
