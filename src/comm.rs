@@ -22,7 +22,7 @@ use crate::setup::{Established, Request, establish};
 use crate::stats::Standing;
 use crate::table::Source;
 use crate::{info, tuning, warning};
-pub use ready::{Buffers, Ready};
+pub use ready::{Buffers, Ready, collect, only_aborted_are_left};
 
 /// What a call of a communicator finds.
 pub enum State<'a> {
@@ -64,6 +64,10 @@ pub struct Communicator {
     told: AtomicBool,
     cancelled: AtomicBool,
     refusing: AtomicU8,
+    /// Its `ncclComm_t`, for the log.
+    address: usize,
+    /// Stock NCCL made it under our eyes; else it is only a handle that somebody passed.
+    seen: bool,
     /// Its calls.
     pub counters: Counters,
 }
@@ -88,9 +92,21 @@ impl Communicator {
     pub fn fault(&self, ready: &Ready) -> Option<Fault> {
         let fault = ready.fault()?;
         if !self.told.swap(true, Ordering::Relaxed) {
-            warning!(ready.device(), "rank {}/{}: a kernel reported {fault}", ready.rank(), ready.agreement().ranks);
+            let (rank, ranks) = (ready.rank(), ready.agreement().ranks);
+            warning!(
+                ready.device(),
+                "rank {rank}/{ranks}, communicator {:#x}: a kernel reported {fault}",
+                self.address
+            );
         }
         Some(fault)
+    }
+
+    /// Logs the fault of a communicator that ends, if nobody has asked for it; an abort of the program's own is none.
+    pub fn last_word(&self, ready: &Ready) {
+        if ready.fault().is_some_and(|fault| !fault.is_abort()) {
+            self.fault(ready);
+        }
     }
 
     /// Leaves it to stock NCCL without asking anybody: for what every rank finds alike before the first vote.
@@ -282,7 +298,7 @@ fn exchange_entry(comm: usize, hints: Hints, replace: bool) -> (Arc<Communicator
     if !replace && let Some(found) = TABLE.load().get(&comm) {
         return (Arc::clone(found), None);
     }
-    let communicator = Arc::new(Communicator { hints, ..Communicator::default() });
+    let communicator = Arc::new(Communicator { hints, address: comm, seen: replace, ..Communicator::default() });
     let mut table = Table::clone(&TABLE.load());
     let old = table.insert(comm, Arc::clone(&communicator));
     TABLE.store(Arc::new(table));
@@ -292,6 +308,13 @@ fn exchange_entry(comm: usize, hints: Hints, replace: bool) -> (Arc<Communicator
 /// The communicator if it is known, without making it known.
 pub fn known(comm: usize) -> Option<Arc<Communicator>> {
     TABLE.load().get(&comm).map(Arc::clone)
+}
+
+/// Forgets a handle that stock NCCL does not know, or not yet: whatever addresses a program passes, none is kept.
+pub fn dismiss(comm: usize) {
+    if known(comm).is_some_and(|communicator| !communicator.seen) {
+        remove(comm);
+    }
 }
 
 /// Forgets a communicator that is about to be destroyed and hands its state over.
@@ -325,5 +348,14 @@ mod tests {
         assert!(!find(16).hints().non_blocking, "what is known stays");
         created(48, Hints::default());
         assert!(!find(48).hints().non_blocking, "what was seen is taken as it is");
+    }
+
+    #[test]
+    fn a_handle_that_stock_does_not_know_is_forgotten_and_one_that_was_made_is_kept() {
+        find(0x1010);
+        created(0x1020, Hints::default());
+        dismiss(0x1010);
+        dismiss(0x1020);
+        assert!(known(0x1010).is_none() && known(0x1020).is_some());
     }
 }

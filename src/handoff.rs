@@ -134,6 +134,8 @@ impl Desk {
     fn accept(&self, callers: &mut Vec<Caller>) -> Result<()> {
         loop {
             match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                // Names of abstract sockets are listed for everybody: a stranger must not even keep a place.
+                Ok(socket) if !same_user(&socket) => drop(socket),
                 Ok(socket) => callers.push(Caller { socket, closed: false }),
                 Err(Errno::AGAIN) => return Ok(()),
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
@@ -145,17 +147,16 @@ impl Desk {
     /// Hands the descriptor to a caller that proves itself. A caller that does not is closed and forgotten: a
     /// stranger on the socket must not disturb the ranks.
     fn serve(&self, caller: &mut Caller, give: BorrowedFd<'_>, round: u8, served: &mut Vec<u32>) -> Result<()> {
-        let mut hello = [0; HELLO];
+        // One byte more than a hello: what is longer is none.
+        let mut hello = [0; HELLO + 1];
         let len = match recv(&caller.socket, &mut hello[..], RecvFlags::empty()) {
             Ok((len, _)) => len,
             Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
             Err(_) => 0,
         };
         caller.closed = true;
-        let same_user = sockopt::socket_peercred(&caller.socket)
-            .is_ok_and(|peer| peer.uid == rustix::process::geteuid() || peer.uid.is_root());
         let rank = u32::from_le_bytes([hello[16], hello[17], hello[18], hello[19]]);
-        if len != HELLO || !same_user || hello[..16] != self.token || hello[20] != round || served.contains(&rank) {
+        if len != HELLO || hello[..16] != self.token || hello[20] != round || served.contains(&rank) {
             return Ok(());
         }
         let fds = [give];
@@ -172,6 +173,11 @@ impl Desk {
     }
 }
 
+/// Whether this process's own user, or root, is at the other end.
+fn same_user(socket: &OwnedFd) -> bool {
+    sockopt::socket_peercred(socket).is_ok_and(|peer| peer.uid == rustix::process::geteuid() || peer.uid.is_root())
+}
+
 fn call(peer: &Peer, rank: u32, round: u8) -> Result<OwnedFd> {
     let socket = open_socket()?;
     connect(&socket, &address(&peer.name)?).map_err(system("connect to a peer's socket"))?;
@@ -183,8 +189,10 @@ fn call(peer: &Peer, rank: u32, round: u8) -> Result<OwnedFd> {
     Ok(socket)
 }
 
-fn receive(socket: &OwnedFd, rank: u32) -> Result<Option<OwnedFd>> {
-    let mut byte = [0];
+/// The descriptor that `rank` has sent through this socket, if one has come: exactly one, or it is an error.
+pub fn receive(socket: &OwnedFd, rank: u32) -> Result<Option<OwnedFd>> {
+    // As above: exactly one byte is an answer.
+    let mut byte = [0; 2];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::CMSG_CLOEXEC;

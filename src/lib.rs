@@ -13,6 +13,7 @@
 //!           budget      what communicators of one device share
 //!           config      the environment, parsed once         call      one call as a value
 //!           counters    calls by route and size              stats     what they mean: pure
+//!           report      a host's GPUs as text: pure
 //!           tuning      measured cross-overs: pure           model     predicted ones: pure
 //!           record      the counters as a file               log       lines in NCCL's shape
 //!           error       what went wrong, as an NCCL code
@@ -43,6 +44,7 @@ pub mod log;
 pub mod model;
 pub mod official;
 pub mod record;
+pub mod report;
 pub mod route;
 pub mod setup;
 pub mod stats;

@@ -165,13 +165,15 @@ pub fn establish(
         Err(declined) => return Ok(Err(declined)),
     };
     domain.multicast &= steps.iter().all(|step| step.optional);
-    let align = steps.iter().map(|step| step.granularity).max().unwrap_or(1);
+    let align = steps.iter().map(|step| step.granularity).max().unwrap_or(1).max(1);
     let blocks = steps.iter().map(|step| step.blocks).min().unwrap_or(1);
     let memory = steps.iter().map(|step| step.memory).min().unwrap_or(0);
     let Some(limits) = limits(&domain, asked, blocks, memory) else {
         return Ok(Err(Declined { reason: Decline::TooManyRanks, rank: 0, code: 0 }));
     };
-    let window_bytes = limits.agreement.layout.window_bytes().next_multiple_of(align);
+    let Some(window_bytes) = limits.agreement.layout.window_bytes().checked_next_multiple_of(align) else {
+        return Ok(Err(Declined { reason: Decline::TooManyRanks, rank: 0, code: 0 }));
+    };
     prepared.memory.settle(window_bytes);
 
     let mut step = Step::new(number::SHARE, rank);

@@ -170,6 +170,15 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    /// Reads the memory of a process as bytes, which may be anything.
+    pub fn of_bytes(bytes: &[u8]) -> Result<Self, String> {
+        let (words, rest) = bytes.as_chunks();
+        if !rest.is_empty() {
+            return Err("the counters have another size than this program knows".to_owned());
+        }
+        Self::of(&words.iter().map(|word| u64::from_ne_bytes(*word)).collect::<Vec<_>>())
+    }
+
     /// Reads the words of a process.
     pub fn of(words: &[u64]) -> Result<Self, String> {
         let at = |index: usize| words.get(index).copied().unwrap_or(0);

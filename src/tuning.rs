@@ -103,7 +103,9 @@ impl Tuned {
 impl Tuning {
     /// Reads the bytes of a file. Pure.
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
-        let tuning: Self = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+        // The text can hold words of the file, which must not break a log line.
+        let tuning: Self =
+            serde_json::from_slice(bytes).map_err(|error| error.to_string().escape_debug().to_string())?;
         if tuning.format != FORMAT {
             return Err(format!("format {} is not known, this version reads {FORMAT}", tuning.format));
         }

@@ -10,6 +10,8 @@ pub const BLOB: usize = 320;
 /// One blob.
 pub type Blob = [u8; BLOB];
 
+/// More than any driver's granularity.
+const MOST_GRANULARITY: u64 = 1 << 40;
 const MAGIC: u32 = 0x544f_5753;
 /// Raised whenever the meaning of a blob or the kernels' protocol changes.
 const PROTOCOL: u32 = 3;
@@ -289,7 +291,8 @@ impl Step {
         for offer in &mut step.offers {
             *offer = Offer { id: r.u64()?, free: r.u32()? };
         }
-        Some(step)
+        // Windows are rounded up to it: beyond this it is no granularity but an attack on the sum.
+        (step.granularity <= MOST_GRANULARITY).then_some(step)
     }
 }
 

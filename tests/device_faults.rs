@@ -7,15 +7,12 @@ use common::{Job, Report};
 use script::{field, lines_of, ms, routed};
 use twoshot_sim::{End, Topology};
 
-/// What the worker itself may leave: buffers of calls that never ended well.
-const BUFFERS: [&str; 2] = ["device_allocations", "device_bytes"];
-
 #[track_caller]
 fn expect_released(report: &Report, ranks: &[usize]) {
     for rank in ranks {
         let outcome = &report.outcomes[*rank];
         assert!(outcome.succeeded(), "{outcome}");
-        report.session.stats(outcome.pid).expect("stats").assert_nothing_live_but(&BUFFERS);
+        report.session.stats(outcome.pid).expect("stats").assert_nothing_live();
     }
 }
 
@@ -53,8 +50,80 @@ fn a_missed_deadline_becomes_an_asynchronous_error_that_names_what_is_missing() 
 }
 
 #[test]
+fn what_a_deadline_cut_off_is_named_at_the_latest_when_the_communicator_ends() {
+    // Nobody asks for the error: the stream is waited for, and then the communicator ends.
+    for end in ["abort", "destroy"] {
+        let program = format!(
+            "init; allreduce count=100; hold; allreduce count=700 dtype=bf16 on=0,2; sleep ms=1200; drop; barrier; {end}; release"
+        );
+        let report = Job::new(Topology::one_host(3), &program).env("TWOSHOT_TIMEOUT_MS", 300).run();
+        expect_released(&report, &[0, 1, 2]);
+        for rank in [0, 2] {
+            let line = fault_line(&report, rank);
+            let whose = line.contains(&format!("rank {rank}/3, communicator 0x"));
+            assert!(
+                whose && line.contains("a missed deadline: epoch ") && line.contains("first missing: rank 1, "),
+                "{line}"
+            );
+            assert!(line.contains("one-shot, 700 elements") && line.contains(" stage, line "), "{line}");
+        }
+        assert!(!report.lines(1).iter().any(|line| line.contains("a kernel reported")), "{}", report.outcomes[1]);
+    }
+}
+
+#[test]
+fn an_abort_from_another_thread_ends_a_replay_that_spins_and_the_graph_can_go_later() {
+    let program = "init; allreduce count=10; capture counts=100,900; replay n=2; barrier; launch graph=0 stream=0 on=0; \
+        abort_in ms=200 on=0; sleep ms=300; forget on=0; sync on=0; barrier; abort on=1; drop_graphs; sleep ms=60; \
+        init; allreduce count=50; destroy; release";
+    let report = Job::new(Topology::one_host(2), program).env("TWOSHOT_TIMEOUT_MS", 0).run();
+    expect_released(&report, &[0, 1]);
+    let outcome = &report.outcomes[0];
+    let took = field(lines_of(outcome, "aborted")[0], "ms");
+    assert!(took < 5000.0, "abort took {took} ms: {outcome}");
+}
+
+#[test]
+fn a_revoke_from_another_thread_frees_the_spinning_kernel_and_abort_ends_the_communicator() {
+    let program = "init; allreduce count=1000 reps=2; abort_in how=revoke ms=200 on=0; expect_error; allreduce count=700 on=0; \
+        join on=0; barrier; abort; init; allreduce count=10; destroy; release";
+    let report = Job::new(Topology::one_host(2), program).env("TWOSHOT_TIMEOUT_MS", 0).run();
+    expect_released(&report, &[0, 1]);
+    let outcome = &report.outcomes[0];
+    let took = field(lines_of(outcome, "aborted")[0], "ms");
+    assert!(took < 5000.0 && ms(outcome, "abort") < 5000.0, "{outcome}");
+}
+
+#[test]
+fn what_a_kernel_holds_that_outlives_its_communicators_end_is_freed_when_it_has_ended() {
+    // Longer than an abort waits; to the library it looks as if its kernel did not see the abort.
+    let program =
+        "init; allreduce count=100 reps=2; barrier; abort; sleep ms=2500; init; allreduce count=9; destroy; release";
+    let report = Job::new(Topology::one_host(2), program)
+        .env("TWOSHOT_SIM_CALLER", "libtwoshot.so")
+        .env("TWOSHOT_SIM_FAULTS", "rank=0,call=cuEventQuery,nth=0,code=600,for=4500")
+        .run();
+    expect_released(&report, &[0, 1]);
+    assert!(
+        report.lines(0).iter().any(|line| line.contains("its memory stays until it ends")),
+        "{}",
+        report.outcomes[0]
+    );
+}
+
+#[test]
+fn what_the_last_abort_of_a_process_lets_go_is_freed_at_once() {
+    // Both communicators wait for a rank that never comes; nothing is created afterwards.
+    let program = "init; split color=0; allreduce count=100; use comm=0; allreduce count=100; barrier; hold; \
+        allreduce count=900 on=0; use comm=1; stream i=1; allreduce count=300 on=0; sleep ms=50; abort; use comm=0; abort; \
+        drop; release";
+    let report = Job::new(Topology::one_host(2), program).env("TWOSHOT_TIMEOUT_MS", 0).run();
+    expect_released(&report, &[0, 1]);
+}
+
+#[test]
 fn when_a_rank_is_killed_the_others_abort_and_shrink_and_go_on() {
-    let program = "init; allreduce count=1000 reps=4; kill_self on=1; expect_error; allreduce count=1000 on=0,2,3; \
+    let program = "init; allreduce count=1000 reps=4; barrier; kill_self on=1; expect_error; allreduce count=1000 on=0,2,3; \
         shrink exclude=1 abort=1 on=0,2,3; allreduce count=1000 reps=5 on=0,2,3; destroy on=0,2,3; abort on=0,2,3";
     let report = Job::new(Topology::one_host(4), program).env("TWOSHOT_TIMEOUT_MS", 500).run();
     assert_eq!(report.outcomes[1].end, End::Signal(9));
@@ -79,7 +148,7 @@ fn without_a_deadline_an_abort_from_another_thread_frees_the_spinning_kernel() {
 
 #[test]
 fn a_killed_rank_leaves_no_survivor_spinning_even_without_a_deadline() {
-    let program = "init; allreduce count=1000 reps=3; kill_self on=1; expect_error; allreduce count=1000 on=0,2; \
+    let program = "init; allreduce count=1000 reps=3; barrier; kill_self on=1; expect_error; allreduce count=1000 on=0,2; \
         abort on=0,2";
     let report = Job::new(Topology::one_host(3), program).env("TWOSHOT_TIMEOUT_MS", 0).run();
     for rank in [0, 2] {

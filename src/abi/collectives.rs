@@ -10,7 +10,7 @@ use super::{Code, code, group, guard, inside, record_at_exit, result_of, stock, 
 use crate::call::{Call, DataType, ReduceOp};
 use crate::comm::{self, Buffers, Communicator, Ready, State, lost};
 use crate::config::Config;
-use crate::driver::{RawStream, capturing, reap};
+use crate::driver::{RawStream, capturing};
 use crate::intercept::{CallConfig, Comm, Stock, Stream};
 use crate::route::{Plan, Reason, Route, decide};
 use crate::warning;
@@ -29,7 +29,7 @@ pub(super) fn set_up(
     }
     watch_forks();
     record_at_exit();
-    reap();
+    comm::collect();
     let functions = &stock.nccl;
     let (mut rank, mut ranks, mut device) = (0, 0, 0);
     // SAFETY: the caller's communicator, which stock NCCL checks, and valid out-pointers.
@@ -41,6 +41,7 @@ pub(super) fn set_up(
     let (Ok(rank), Ok(ranks), true) = (u32::try_from(rank), u32::try_from(ranks), known) else {
         // Not a communicator, or not complete yet: stock NCCL tells the caller.
         communicator.unclaim();
+        comm::dismiss(comm as usize);
         return Ok(());
     };
     if ranks < 2 {
@@ -163,7 +164,7 @@ pub(super) fn place(communicator: &Communicator, a: &Arguments) -> Placement {
                 return Placement::Failed(fault_code(fault.kind));
             }
             if !communicator.takes_calls(ready) {
-                // Revoked or finalized: stock NCCL says so.
+                // Revoked, finalized or suspended: stock NCCL says so.
                 Reason::Declined
             } else if a.send.is_null() || a.receive.is_null() {
                 // Stock NCCL answers for its own rules about arguments.

@@ -9,7 +9,6 @@ use super::collectives::fault_code;
 use super::{Code, absent, code, group, guard, inside, stock, transparent};
 use crate::comm::{self, Communicator, Hints, State};
 use crate::config::Config as Settings;
-use crate::driver::reap;
 use crate::info;
 use crate::intercept::{Comm, Config, Functions, UniqueId};
 use crate::record;
@@ -67,7 +66,7 @@ fn make(config: Config, parent: Option<Comm>, made: *mut Comm, call: impl FnOnce
         };
         let transparent = transparent();
         if !transparent {
-            reap();
+            comm::collect();
         }
         // SAFETY: null, or the caller's own variable, which may hold anything.
         let before = if made.is_null() { std::ptr::null_mut() } else { unsafe { made.read_volatile() } };
@@ -200,6 +199,7 @@ pub unsafe extern "C" fn ncclCommGrow(
 fn end(comm: Comm, communicator: Arc<Communicator>, patience: Duration, abort: bool) {
     if let State::Ready(ready) = communicator.state() {
         let ready = Arc::clone(ready);
+        communicator.last_word(&ready);
         info!(-1, "communicator {comm:p} ends: {}", communicator.counters);
         drop(communicator);
         ready.release(patience, abort);
@@ -278,7 +278,7 @@ pub unsafe extern "C" fn ncclCommDestroy(comm: Comm) -> Code {
             Err(code) => return code,
         };
         if !comm.is_null() && !transparent() {
-            reap();
+            comm::collect();
             if let Some(communicator) = comm::remove(comm as usize) {
                 end(comm, communicator, DESTROY_PATIENCE, false);
             }
@@ -308,6 +308,9 @@ pub unsafe extern "C" fn ncclCommAbort(comm: Comm) -> Code {
         let result = inside(|nccl| unsafe { (nccl.comm_abort)(comm) }, stock);
         if let Some(communicator) = communicator {
             end(comm, communicator, ABORT_PATIENCE, true);
+            if comm::only_aborted_are_left() {
+                comm::collect();
+            }
         }
         result
     })

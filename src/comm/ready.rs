@@ -3,7 +3,7 @@
 
 use std::ffi::CStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -12,7 +12,7 @@ use crate::budget::{Memory, blocks};
 use crate::config::Config;
 use crate::driver::{
     Args, Context, Event, Fault, Kernels, Launch, RawStream, bury, capture_of, dependent_launch, nvtx, order_behind,
-    retain_for_graph, with_relaxed_capture,
+    reap, retain_for_graph, with_relaxed_capture,
 };
 use crate::error::Result;
 use crate::layout::Algorithm;
@@ -74,12 +74,44 @@ fn ready_on(context: &Context) -> &'static AtomicU32 {
 /// Most ready communicators of a device for programmatic launches.
 const PROGRAMMATIC: u32 = 2;
 
+/// Ready communicators of the process, graphs' and forgotten ones included, and those of them that were aborted.
+static LIVING: AtomicU32 = AtomicU32::new(0);
+static ABORTED: AtomicU32 = AtomicU32::new(0);
+
+/// Whether no kernel of ours can wait for a peer any more: then what was laid aside can go at once.
+pub fn only_aborted_are_left() -> bool {
+    LIVING.load(Ordering::Acquire) == ABORTED.load(Ordering::Acquire)
+}
+
+/// Communicators that have ended while a kernel of theirs was still running.
+static LINGERING: Mutex<Vec<Arc<Ready>>> = Mutex::new(Vec::new());
+static SOME_LINGER: AtomicBool = AtomicBool::new(false);
+
+/// Drops what could not be dropped when its communicator ended: what graphs and aborts laid aside, and what kernels have
+/// left by now. Two loads where there is nothing.
+pub fn collect() {
+    reap();
+    if !SOME_LINGER.load(Ordering::Relaxed) {
+        return;
+    }
+    let ended: Vec<_> = {
+        let mut lingering = LINGERING.lock();
+        let ended =
+            |ready: &mut Arc<Ready>| with_relaxed_capture(|| matches!(ready.last.wait(Duration::ZERO), Ok(true)));
+        let ended = lingering.extract_if(.., ended).collect();
+        SOME_LINGER.store(!lingering.is_empty(), Ordering::Release);
+        ended
+    };
+    with_relaxed_capture(|| drop(ended));
+}
+
 /// A ready communicator. Dropped when the communicator and every graph that captured one of its calls are gone.
 pub struct Ready {
     args: Args,
     agreement: Agreement,
     world: World,
     dependent: bool,
+    laid_aside: AtomicBool,
     order: Mutex<Order>,
     last: Event,
     // Dropped in this order: kernels before the memory they work on.
@@ -97,11 +129,13 @@ impl Ready {
         let Established { agreement, world, kernels, workspace, last, capacity, memory, .. } = established;
         let timeout_ns = config.timeout_ms.saturating_mul(1_000_000);
         ready_on(&context).fetch_add(1, Ordering::Relaxed);
+        LIVING.fetch_add(1, Ordering::AcqRel);
         Self {
             args: workspace.args(&agreement, rank, timeout_ns),
             agreement,
             world,
             dependent: dependent_launch(),
+            laid_aside: AtomicBool::new(false),
             order: Mutex::default(),
             last,
             kernels,
@@ -256,11 +290,20 @@ impl Ready {
         let device = self.context.device().ordinal();
         // Another thread's capture must not suffer from the questions asked here.
         with_relaxed_capture(|| match self.last.wait(patience).or_else(|_| self.last.wait(patience)) {
-            Ok(true) if later => bury(self),
+            Ok(true) if later => {
+                if self.aborted() && !self.laid_aside.swap(true, Ordering::AcqRel) {
+                    ABORTED.fetch_add(1, Ordering::AcqRel);
+                }
+                bury(self);
+            }
             Ok(true) => drop(self),
             Ok(false) => {
-                warning!(device, "a kernel still runs while its communicator is destroyed: its memory is kept");
-                std::mem::forget(self);
+                warning!(
+                    device,
+                    "a kernel still runs while its communicator is destroyed: its memory stays until it ends"
+                );
+                LINGERING.lock().push(self);
+                SOME_LINGER.store(true, Ordering::Release);
             }
             // Whether a kernel still runs cannot be known any more.
             Err(error) => {
@@ -284,5 +327,9 @@ fn shared(plan: Plan, most: u32) -> Plan {
 impl Drop for Ready {
     fn drop(&mut self) {
         ready_on(&self.context).fetch_sub(1, Ordering::Relaxed);
+        if *self.laid_aside.get_mut() {
+            ABORTED.fetch_sub(1, Ordering::AcqRel);
+        }
+        LIVING.fetch_sub(1, Ordering::AcqRel);
     }
 }

@@ -29,8 +29,11 @@ fn with<T>(
     let value = value.to_string_lossy();
     match read(value.trim()) {
         Some(read) => Ok(Some(read)),
-        // A hostile environment must not flood the log.
-        None => Err(Invalid { name, value: value.chars().take(80).collect(), expected: expected() }),
+        // A hostile environment must neither flood the log nor break its lines.
+        None => {
+            let value = value.chars().take(80).flat_map(char::escape_debug).collect();
+            Err(Invalid { name, value, expected: expected() })
+        }
     }
 }
 

@@ -242,6 +242,13 @@ pub struct Fault {
     pub count: u64,
 }
 
+impl Fault {
+    /// The kernel left because the program aborted or revoked its communicator.
+    pub fn is_abort(&self) -> bool {
+        self.kind == 1
+    }
+}
+
 impl std::fmt::Display for Fault {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let what = match self.kind {

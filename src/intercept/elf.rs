@@ -33,6 +33,13 @@ pub struct Machine {
     glob_dat: u32,
 }
 
+impl Machine {
+    /// The relocation of a call through the procedure linkage table.
+    pub fn jump_slot(&self) -> u32 {
+        self.jump_slot
+    }
+}
+
 /// x86-64. `R_X86_64_64` is left out, see [`SlotKind`].
 pub const X86_64: Machine = Machine { jump_slot: 7, glob_dat: 6 };
 /// AArch64.

@@ -12,6 +12,7 @@ mod relocate;
 mod scope;
 mod stock;
 mod trampoline;
+pub mod walk;
 
 pub use functions::{CallConfig, Code, Comm, Config, Functions, Stream, UniqueId};
 pub use relocate::BindReport;

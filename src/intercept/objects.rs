@@ -1,8 +1,9 @@
 //! Loaded objects of this process and the addresses that belong to them.
 //!
-//! The thin unsafe layer between the dynamic linker's lists and the pure parser in `elf`.
+//! The thin unsafe layer between the dynamic linker's lists and the pure code in `walk` and `elf`.
 
-use super::elf::{self, Slot};
+use super::elf::Slot;
+use super::walk::{self, Segment};
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
@@ -115,8 +116,9 @@ impl Loaded<'_> {
     fn segments(&self, flags: u32) -> impl Iterator<Item = Range<u64>> {
         self.headers()
             .iter()
-            .filter(move |header| header.p_type == libc::PT_LOAD && header.p_flags & flags == flags)
-            .map(|header| header.p_vaddr..header.p_vaddr.saturating_add(header.p_memsz))
+            .map(segment)
+            .filter(move |segment| segment.is_loaded(flags))
+            .map(|segment| segment.range())
     }
 
     /// A table of the object as bytes, if it lies wholly in one readable segment.
@@ -137,34 +139,18 @@ impl Loaded<'_> {
     }
 
     fn find_slots(&self, wanted: &dyn Fn(&[u8]) -> Option<usize>) -> Option<Vec<Slot>> {
-        let dynamic = self.headers().iter().find(|header| header.p_type == libc::PT_DYNAMIC)?;
-        let end = dynamic.p_vaddr.checked_add(dynamic.p_memsz)?;
-        let tables = elf::tables(self.bytes(dynamic.p_vaddr..end)?, self.base()).ok()?;
-        let strings = self.bytes(tables.strings.clone())?;
-        let mut found = Vec::new();
-        for range in [tables.jumps, tables.data] {
-            let relocations = self.bytes(range)?;
-            let count = elf::symbols_named(relocations, elf::NATIVE);
-            let size = count.checked_mul(elf::SYM_SIZE as u64)?;
-            let symbols = self.bytes(tables.symbols..tables.symbols.checked_add(size)?)?;
-            let slots = elf::slots(relocations, symbols, strings, elf::NATIVE, wanted);
-            found.extend(slots.into_iter().filter(|slot| self.is_word(slot.offset)));
-        }
-        // Some linkers list the calls' relocations inside the table of all relocations as well.
-        found.sort_by_key(|slot| slot.offset);
-        found.dedup_by_key(|slot| slot.offset);
-        Some(found)
+        let segments: Vec<_> = self.headers().iter().map(segment).collect();
+        walk::slots(self.base(), &segments, &|range| self.bytes(range), wanted)
     }
 
-    /// Whether an aligned word of a writable segment starts at this offset. Segments made read-only after loading count:
-    /// their header still says writable.
     fn is_word(&self, offset: u64) -> bool {
-        offset.is_multiple_of(8)
-            && self.base().is_multiple_of(8)
-            && self
-                .segments(libc::PF_R | libc::PF_W)
-                .any(|segment| segment.start <= offset && offset.saturating_add(8) <= segment.end)
+        walk::is_word(self.base(), self.headers().iter().map(segment), offset)
     }
+}
+
+/// What the walk needs of a program header.
+fn segment(header: &libc::Elf64_Phdr) -> Segment {
+    Segment { kind: header.p_type, flags: header.p_flags, start: header.p_vaddr, size: header.p_memsz }
 }
 
 /// A loaded object, remembered.

@@ -4,12 +4,12 @@
 //! in registers, by value on the stack, variadic, results in memory. Each function has a slot that holds the address to
 //! jump to. The first call finds it empty and takes the way through `resolve`, which keeps all argument registers.
 //!
-//! A function that the stock library lacks answers ncclInvalidUsage. (Functions whose result is not an `ncclResult_t`
-//! have been in every supported NCCL, or belong to the device API, whose callers check the version first.)
+//! A function that the stock library lacks answers ncclInvalidUsage, and one that returns text answers text. (Other
+//! functions whose result is not an `ncclResult_t` belong to the device API, whose callers check the version first.)
 
 use super::pass::{COUNT, NAMES};
 use super::stock::stock;
-use std::ffi::{CStr, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// Addresses to jump to; null until the first call.
@@ -41,6 +41,23 @@ extern "C" fn absent() -> c_int {
     INVALID_USAGE
 }
 
+/// What one that returns text does: a program prints it unseen, most of all when everything fails.
+extern "C" fn absent_text() -> *const c_char {
+    c"twoshot: there is no stock NCCL to ask".as_ptr()
+}
+
+/// Whether a function returns text, not a code.
+fn returns_text(name: &CStr) -> bool {
+    let texts = [&b"ncclGetErrorString"[..], b"ncclGetLastError"];
+    let bytes = name.to_bytes();
+    let plain = bytes.strip_prefix(b"p").unwrap_or(bytes);
+    texts.contains(&plain)
+}
+
+fn substitute(name: &CStr) -> *const c_void {
+    if returns_text(name) { absent_text as *const c_void } else { absent as *const c_void }
+}
+
 /// Finds the address for a slot. Called by `resolve` with the caller's argument registers saved.
 extern "C" fn address_of(index: usize) -> *const c_void {
     let found = std::panic::catch_unwind(|| {
@@ -54,19 +71,22 @@ extern "C" fn address_of(index: usize) -> *const c_void {
                         stock.version,
                         name.to_string_lossy()
                     ));
-                    absent as *const c_void
+                    substitute(name)
                 });
                 SLOTS[index].store(address.cast_mut(), Ordering::Release);
                 address
             }
             // Not remembered: the library may be loaded later.
             Err(error) => {
-                log(&format!("{} fails: {error}", name.to_string_lossy()));
-                absent as *const c_void
+                // A question about an error that has been told is none.
+                if !returns_text(name) {
+                    log(&format!("{} fails: {error}", name.to_string_lossy()));
+                }
+                substitute(name)
             }
         }
     });
-    found.unwrap_or(absent as *const c_void)
+    found.unwrap_or_else(|_| substitute(NAMES[index]))
 }
 
 /// The function itself; for a name with a p before it that the library lacks, the plain one.

@@ -26,6 +26,8 @@ pub struct Job {
     program: String,
     env: Vec<(String, String)>,
     rank_env: Vec<(usize, String, String)>,
+    rank_doors: Vec<(usize, Door)>,
+    rank_programs: Vec<(usize, String)>,
     args: Vec<String>,
     timeout: Duration,
 }
@@ -39,6 +41,8 @@ impl Job {
             program: program.to_owned(),
             env: Vec::new(),
             rank_env: Vec::new(),
+            rank_doors: Vec::new(),
+            rank_programs: Vec::new(),
             args: Vec::new(),
             timeout: Duration::from_secs(120),
         }
@@ -57,6 +61,18 @@ impl Job {
     /// A variable of one rank only.
     pub fn rank_env(mut self, rank: usize, name: &str, value: impl ToString) -> Self {
         self.rank_env.push((rank, name.to_owned(), value.to_string()));
+        self
+    }
+
+    /// Another door for one rank.
+    pub fn rank_door(mut self, rank: usize, door: Door) -> Self {
+        self.rank_doors.push((rank, door));
+        self
+    }
+
+    /// Another program for one rank.
+    pub fn rank_program(mut self, rank: usize, program: &str) -> Self {
+        self.rank_programs.push((rank, program.to_owned()));
         self
     }
 
@@ -89,16 +105,18 @@ impl Job {
 
     fn rank(&self, rank: Rank, r: usize, count: usize, session: &Session, library: &Path) -> Rank {
         let id: PathBuf = session.dir().join("unique-id");
+        let program = self.rank_programs.iter().find(|(only, _)| *only == r).map_or(&self.program, |(_, own)| own);
+        let door = self.rank_doors.iter().find(|(only, _)| *only == r).map_or(self.door, |(_, own)| *own);
         let mut rank = rank
             .args(["--rank", &r.to_string(), "--ranks", &count.to_string(), "--device", "0"])
             .arg("--id")
             .arg(id)
-            .args(["--program", &self.program])
+            .args(["--program", program])
             .args(&self.args)
             .env("NCCL_DEBUG", "INFO")
             .env("TWOSHOT_SETUP_TIMEOUT_MS", "20000")
             .env("TWOSHOT_TIMEOUT_MS", "60000");
-        rank = match self.door {
+        rank = match door {
             Door::Plugin => rank.env("NCCL_NET_PLUGIN", library),
             Door::Preload => rank.env("LD_PRELOAD", library),
             Door::Path => rank.arg("--nccl").arg(library).env("TWOSHOT_NCCL_LIBRARY", nccl()),

@@ -44,7 +44,7 @@ fn read(pid: u32) -> Result<Snapshot, String> {
     let known = own_number(&process)?;
     let mut failure = "twoshot is not loaded, or no communicator has been made yet".to_owned();
     for path in pages(&process.join("fd"))? {
-        match words(&path).and_then(|words| Snapshot::of(&words)) {
+        match page(&path) {
             // A forked child holds its parent's.
             Ok(snapshot) if snapshot.pid != known => {
                 failure = format!("the counters it holds are those of process {}", snapshot.pid);
@@ -77,16 +77,13 @@ fn pages(folder: &Path) -> Result<Vec<PathBuf>, String> {
     Ok(entries.flatten().map(|entry| entry.path()).filter(named).collect())
 }
 
-/// The words of such a file, which may be anything: no more than expected is read.
-fn words(path: &Path) -> Result<Vec<u64>, String> {
+/// The counters in such a file, which may be anything: no more than expected is read.
+fn page(path: &Path) -> Result<Snapshot, String> {
     let mut bytes = Vec::new();
     let most = ((WORDS + 1) * size_of::<u64>()) as u64;
     let file = File::open(path).map_err(|error| error.to_string())?;
     file.take(most).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
-    if bytes.len() % size_of::<u64>() != 0 {
-        return Err("the counters have another size than this program knows".to_owned());
-    }
-    Ok(bytes.chunks_exact(8).filter_map(|word| word.try_into().ok().map(u64::from_ne_bytes)).collect())
+    Snapshot::of_bytes(&bytes)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <sstream>
@@ -20,7 +21,8 @@ struct Rule {
     std::string call;
     unsigned long nth = 0;
     int code = 0;
-    long delay_ms = 0;
+    long delay_ms = 0, for_ms = 0;
+    std::atomic<int64_t> first_ms{0};
     bool block = false, kill = false, sticky = false;
     std::atomic<unsigned long> uses{0};
 };
@@ -55,6 +57,7 @@ std::vector<Rule*> parse() {
             else if (key == "call") rule->call = value;
             else if (key == "nth") rule->nth = strtoul(value, nullptr, 10);
             else if (key == "code") rule->code = atoi(value);
+            else if (key == "for") rule->for_ms = atol(value);
             else if (key == "delay") rule->delay_ms = atol(value);
             else if (key == "block") rule->block = true;
             else if (key == "kill") rule->kill = true;
@@ -106,6 +109,13 @@ int apply(const char* name) {
         if (!matches(rule->call, name)) continue;
         unsigned long use = ++rule->uses;
         if (rule->nth != 0 && use != rule->nth) continue;
+        if (rule->for_ms) {
+            // Only so long, from the first use on.
+            using namespace std::chrono;
+            int64_t now = duration_cast<milliseconds>(steady_clock::now().time_since_epoch()).count(), none = 0;
+            rule->first_ms.compare_exchange_strong(none, now);
+            if (now - rule->first_ms > rule->for_ms) continue;
+        }
         if (rule->delay_ms) usleep(useconds_t(rule->delay_ms) * 1000);
         if (rule->kill) {
             dprintf(2, "twoshot-sim: fault rule kills this process in %s\n", name);

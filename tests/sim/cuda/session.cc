@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <sstream>
+#include <stdexcept>
 
 namespace twoshot::sim {
 
@@ -43,7 +44,12 @@ const Topology& topology() {
         if (!file) die("no topology in %s", session().dir.c_str());
         std::stringstream text;
         text << file.rdbuf();
-        auto* t = new Topology(parse_topology(text.str()));
+        auto* t = new Topology;
+        try {
+            *t = parse_topology(text.str());
+        } catch (const std::runtime_error& error) {
+            die("%s", error.what());
+        }
         if (session().host < 0 || size_t(session().host) >= t->hosts.size())
             die("TWOSHOT_SIM_HOST=%d is not in the topology", session().host);
         return t;

@@ -428,9 +428,21 @@ void Driver::finish_pending() {
   for (Call& c : pending_) {
     // After an error the buffers may still be in use and hold nothing of worth.
     if (clean && !failed_ && !met_) check(c);
-    if (clean) give_back(c);
+    if (clean) {
+      give_back(c);
+    } else {
+      abandoned_.push_back(c);
+    }
   }
   pending_.clear();
+}
+
+void Driver::reclaim() {
+  for (Lane& lane : lanes_) {
+    if (!abandoned_.empty() && !wait_idle(lane, 5000)) return;
+  }
+  for (Call& c : abandoned_) give_back(c);
+  abandoned_.clear();
 }
 
 }  // namespace worker

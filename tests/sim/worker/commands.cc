@@ -54,7 +54,7 @@ void Driver::close() {
       if (member.comm) return;
     }
   }
-  if (tally_.errors || !pending_.empty() || !graphs_.empty()) return;
+  if (tally_.errors || !pending_.empty() || !abandoned_.empty() || !graphs_.empty()) return;
   for (Lane& lane : lanes_) {
     cuCtxSetCurrent(lane.context);
     for (const Buffer& buffer : lane.pool) {
@@ -78,7 +78,8 @@ void Driver::run(const std::vector<Statement>& program) {
 void Driver::statement(const Statement& s) {
   if (s.name == "repeat") {
     long times = s.number("n", 1);
-    for (long i = 0; i < times && tally_.errors + tally_.wrong == 0; ++i) run(s.body);
+    auto started = std::chrono::steady_clock::now();
+    for (long i = 0; i < times && tally_.errors + tally_.wrong == 0 && another_round(s, started); ++i) run(s.body);
     return;
   }
   if (s.name == "expect_error") {
@@ -241,17 +242,23 @@ bool Driver::dispatch(const Statement& s) {
     finish_pending();
   } else if (n == "abort_in") {
     abort_in(s);
-  } else if (n == "forget") {
-    // The communicator was aborted by another thread.
+  } else if (n == "forget" || n == "join") {
     for (std::thread& thread : aborting_) thread.join();
     aborting_.clear();
+    if (n == "join") return true;
+    // The communicator was aborted by another thread.
     for (Lane* lane : concerned(s)) drop_member(*lane);
+    reclaim();
   } else if (n == "fork") {
     fork_child(s);
   } else if (n == "launch") {
     launch(s);
   } else if (n == "quit") {
     if (!concerned(s).empty()) ::exit(int(s.number("code", 0)));
+  } else if (n == "raw") {
+    raw(s);
+  } else if (n == "drop") {
+    drop(s);
   } else if (n == "kill_self") {
     if (!concerned(s).empty()) kill(getpid(), SIGKILL);
   } else if (n == "exit") {
@@ -426,18 +433,19 @@ void Driver::grow(const Statement& s) {
   }
 }
 
-// Another thread aborts the communicator after a while, as a watchdog does.
+// Another thread aborts, or with `how=revoke` revokes, the communicator after a while, as a watchdog does.
 void Driver::abort_in(const Statement& s) {
   for (Lane* lane : concerned(s)) {
     ncclComm_t comm = lane->member().comm;
     CUcontext context = lane->context;
     long ms = s.number("ms", 200);
     int rank = lane->rank;
-    aborting_.emplace_back([comm, context, ms, rank] {
+    bool revokes = s.text("how", "abort") == "revoke";
+    aborting_.emplace_back([comm, context, ms, rank, revokes] {
       cuCtxSetCurrent(context);
       std::this_thread::sleep_for(std::chrono::milliseconds(ms));
       auto started = std::chrono::steady_clock::now();
-      ncclResult_t result = call::ncclCommAbort(comm);
+      ncclResult_t result = revokes ? call::ncclCommRevoke(comm, NCCL_REVOKE_DEFAULT) : call::ncclCommAbort(comm);
       double took = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - started).count();
       print_line("{\"cmd\":\"aborted\",\"rank\":" + std::to_string(rank) + ",\"result\":" + std::to_string(result) +
                  ",\"ms\":" + std::to_string(took) + "}");
@@ -472,6 +480,7 @@ void Driver::fork_child(const Statement& s) {
 }
 
 void Driver::drop_member(Lane& lane) {
+  gone_ = lane.member().comm;
   lane.comms.erase(lane.comms.begin() + long(lane.comm));
   lane.comm = lane.comms.empty() ? 0 : lane.comms.size() - 1;
 }
@@ -492,6 +501,22 @@ void Driver::end_comm(const Statement& s) {
     accept(result, s.name.c_str());
     if (s.name == "destroy" || s.name == "abort") drop_member(*lane);
   }
+  if (s.name == "destroy" || s.name == "abort") reclaim();
+}
+
+// `repeat n=N seconds=S`: as many rounds as fit. The first rank says whether there is another one, so that all make
+// the same number.
+bool Driver::another_round(const Statement& s, std::chrono::steady_clock::time_point started) {
+  long seconds = s.number("seconds", 0);
+  if (seconds == 0) return true;
+  std::string path = options_.id + ".loop" + std::to_string(loops_++);
+  char more = std::chrono::steady_clock::now() - started < std::chrono::seconds(seconds);
+  if (lanes_[0].rank == 0) {
+    publish(path, &more, 1);
+  } else {
+    wait_for(path, &more, 1, options_.timeout_s);
+  }
+  return more != 0;
 }
 
 // Asks until the communicator reports `expect`, for `within` milliseconds.
@@ -548,8 +573,8 @@ void Driver::meminfo(const Statement& s) {
   }
 }
 
-// What the process holds of the system: descriptors, threads, mappings. `expect=same`: no more than the last time, but
-// for `slack` mappings, which malloc moves.
+// What the process holds of the system: descriptors, threads, mappings, addresses. `expect=same`: no more than the last
+// time, but for `slack` mappings, which malloc moves, and `vm_slack` bytes of addresses, which are compared where given.
 void Driver::process(const Statement& s) {
   if (concerned(s).empty()) return;
   auto count = [](const char* path) { return std::distance(std::filesystem::directory_iterator(path), {}); };
@@ -563,16 +588,24 @@ void Driver::process(const Statement& s) {
   }
   std::ifstream file("/proc/self/maps");
   long maps = std::count(std::istreambuf_iterator<char>(file), {}, '\n');
-  note("fds " + std::to_string(fds) + ", threads " + std::to_string(threads) + ", maps " + std::to_string(maps));
-  bool more = fds > held_fds_ || threads > held_threads_ || maps > held_maps_ + s.number("slack", 0);
+  long vm_kb = 0;
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.rfind("VmSize:", 0) == 0) vm_kb = atol(line.c_str() + 7);
+  }
+  note("fds " + std::to_string(fds) + ", threads " + std::to_string(threads) + ", maps " + std::to_string(maps) +
+       ", vm " + std::to_string(vm_kb) + " kB");
+  bool more = fds > held_fds_ || threads > held_threads_ || maps > held_maps_ + s.number("slack", 0) ||
+              (s.has("vm_slack") && vm_kb > held_vm_kb_ + s.number("vm_slack", 0) / 1024);
   if (same && more) {
     failed_ = true;
     note("it was " + std::to_string(held_fds_) + ", " + std::to_string(held_threads_) + ", " +
-         std::to_string(held_maps_));
+         std::to_string(held_maps_) + ", " + std::to_string(held_vm_kb_));
   }
   held_fds_ = fds;
   held_threads_ = threads;
   held_maps_ = maps;
+  held_vm_kb_ = vm_kb;
 }
 
 // What the communicator says of itself must be what the worker made.

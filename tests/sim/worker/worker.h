@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <map>
 #include <memory>
 #include <string>
@@ -152,6 +153,8 @@ class Driver {
   ncclResult_t settle(Member& member, ncclResult_t result);
   ncclResult_t sync(Lane& lane);
   void finish_pending();
+  // Takes buffers of calls that failed back once nothing can write to them any more.
+  void reclaim();
 
   void collective(const Statement& s, Coll coll);
   void place(Statement& s, Random own);
@@ -177,8 +180,16 @@ class Driver {
   void meminfo(const Statement& s);
   void process(const Statement& s);
   void facts(const Statement& s);
+  bool another_round(const Statement& s, std::chrono::steady_clock::time_point started);
   void group(const Statement& s, bool start);
   void drop_member(Lane& lane);
+
+  // hostile.cc
+  void raw(const Statement& s);
+  void drop(const Statement& s);
+  ncclComm_t handle_by_name(const Statement& s, Lane& lane);
+  bool wait_idle(Lane& lane, long ms);
+
   void release(Lane& lane);
 
   Options options_;
@@ -187,13 +198,16 @@ class Driver {
   int in_group_ = 0;  // open groups of the script
   bool held_ = false;  // calls are issued, but not waited for
   std::vector<Call> pending_;
+  std::vector<Call> abandoned_;
+  ncclComm_t gone_ = nullptr;  // the last communicator that ended
   std::vector<Graph> graphs_;
   std::vector<std::thread> aborting_;
   uint64_t calls_made_ = 0;
   int inits_ = 0;
   int barriers_ = 0;
+  int loops_ = 0;
   size_t free_seen_ = 0;
-  long held_fds_ = 0, held_threads_ = 0, held_maps_ = 0;
+  long held_fds_ = 0, held_threads_ = 0, held_maps_ = 0, held_vm_kb_ = 0;
   uint64_t digest_ = 0;  // of the results of the running statement's AllReduce calls, end to end; 0: none
 
   // State of the running statement.

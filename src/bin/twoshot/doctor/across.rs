@@ -1,35 +1,32 @@
 //! Communicators that span hosts: this host's facts merged with those of others, or with a twin of itself.
 #![forbid(unsafe_code)]
 
+use std::fs::File;
+use std::io::Read;
 use std::path::PathBuf;
 
-use serde_json::Value;
 use twoshot::decline::Decline;
 use twoshot::domain::merge;
-use twoshot::wire::{BLOB, Blob, Facts};
+use twoshot::report;
+use twoshot::wire::Facts;
 
 use super::Verdict;
 
 /// One host as `doctor --json` writes it: a line of digits per GPU.
 pub fn written(facts: &[Facts]) -> Vec<String> {
-    let digits = |blob: Blob| blob.iter().map(|byte| format!("{byte:02x}")).collect();
-    facts.iter().map(|facts| digits(facts.encode())).collect()
+    facts.iter().map(report::line).collect()
 }
 
-fn blob(digits: &str) -> Option<Blob> {
-    let bytes: Option<Vec<u8>> =
-        (0..BLOB).map(|i| u8::from_str_radix(digits.get(2 * i..2 * i + 2)?, 16).ok()).collect();
-    if digits.len() == 2 * BLOB { bytes?.try_into().ok() } else { None }
-}
+/// Reports are a few kilobytes; a path that leads elsewhere must not fill the memory.
+const MOST_BYTES: u64 = 1 << 20;
 
 /// The GPUs of another host, from its report.
 fn read(path: &PathBuf) -> Result<Vec<Facts>, String> {
     let wrong = |what: &str| format!("{}: {what}", path.display());
-    let text = std::fs::read(path).map_err(|error| wrong(&error.to_string()))?;
-    let report: Value = serde_json::from_slice(&text).map_err(|error| wrong(&error.to_string()))?;
-    let lines = report["gpus"].as_array().ok_or_else(|| wrong("no report of `twoshot doctor --json`"))?;
-    let facts = |line: &Value| Facts::decode(&blob(line.as_str()?)?);
-    lines.iter().map(|line| facts(line).ok_or_else(|| wrong("a GPU cannot be read: another version?"))).collect()
+    let mut text = Vec::new();
+    let file = File::open(path).map_err(|error| wrong(&error.to_string()))?;
+    file.take(MOST_BYTES).read_to_end(&mut text).map_err(|error| wrong(&error.to_string()))?;
+    report::read(&text).map_err(|what| wrong(&what))
 }
 
 /// As if every GPU here had a counterpart on a second host of the same cluster and clique.
@@ -78,21 +75,6 @@ pub fn judge(own: &[Facts], refusal: Option<&(Decline, String)>, others: &[PathB
                 _ => format!("AllReduce over GPUs of this host and of {others} would be routed"),
             };
             Verdict { routed: domain.hosts > 1, reason: None, text }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_report_comes_back_as_it_was_written_and_rubbish_does_not() {
-        let facts = Facts { ranks: 2, rank: 1, arch: 90, gpu: [3; 16], ..Facts::default() };
-        let [line] = &written(&[facts])[..] else { panic!("one line") };
-        assert_eq!(Facts::decode(&blob(line).unwrap()), Some(facts));
-        for line in ["", "zz", &line[2..], &format!("{line}00"), &"é".repeat(BLOB)] {
-            assert!(blob(line).is_none(), "{line}");
         }
     }
 }

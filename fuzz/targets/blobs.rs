@@ -1,0 +1,4 @@
+#![no_main]
+use twoshot_fuzz::targets;
+
+libfuzzer_sys::fuzz_target!(init: targets::write_seeds("blobs"), |data: &[u8]| targets::blobs(data));

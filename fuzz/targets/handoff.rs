@@ -1,0 +1,4 @@
+#![no_main]
+use twoshot_fuzz::targets;
+
+libfuzzer_sys::fuzz_target!(init: targets::write_seeds("handoff"), |data: &[u8]| targets::handoff(data));
