@@ -50,6 +50,7 @@ pub const ALL: &[Target] = &[
 ];
 
 /// Writes a target's seeds into the folder that `TWOSHOT_FUZZ_SEEDS` names.
+#[allow(dead_code)] // the corpus test, which compiles this file too, only reads them
 pub fn write_seeds(name: &str) {
     let Some(folder) = std::env::var_os("TWOSHOT_FUZZ_SEEDS").map(std::path::PathBuf::from) else { return };
     let target = ALL.iter().find(|target| target.name == name).expect("a target");
