@@ -213,7 +213,7 @@ fn verdict(
         ),
     );
     let text = format!(
-        "AllReduce of f32, f16 and bf16 sums up to {} over the {ranks} visible GPUs would be routed",
+        "AllReduce up to {} over the {ranks} visible GPUs would be routed",
         sizes::format(two)
     );
     Verdict { routed: true, reason: None, text }
