@@ -179,14 +179,14 @@ fn second(nccl: Nccl, id: UniqueId, bytes: u64, orders: &Receiver<(u64, usize)>,
 
 /// Calls of two ranks in this process; rank 0's time to make one is measured, in batches that a stream can hold.
 fn of_two(criterion: &mut Criterion, stock: Nccl, ours: Nccl) {
-    const BYTES: u64 = 16 << 20;
+    const BYTES: u64 = 128 << 10;
     const BATCH: u64 = 64;
     for (name, nccl) in [("stock", stock), ("through twoshot", ours)] {
         let mut group = criterion.benchmark_group("a call of two ranks");
         let ((to, orders), (done, finished), id) = (channel(), channel(), nccl.id());
         let other = std::thread::spawn(move || second(nccl, id, BYTES, &orders, &done));
         let rank = Rank::join(nccl, 2, id, 0, BYTES);
-        for (size, count) in [("1 KiB", 512), ("8 MiB", 4 << 20)] {
+        for (size, count) in [("1 KiB", 512), ("128 KiB", 64 << 10)] {
             group.bench_function(format!("{size}, {name}"), |b| {
                 b.iter_custom(|calls| {
                     let mut spent = Duration::ZERO;
