@@ -177,7 +177,9 @@ fn it_stays_loaded_and_does_nothing_when_the_process_ends() {
     // One is the C runtime's; the other way round, Rust's standard library keeps the arguments of the program.
     let count = |tag| dynamic(&file, tag).first().copied().unwrap_or(0) / 8;
     assert!(count(DT_FINI_ARRAYSZ) <= 1, "a function of ours runs at exit");
-    assert!(count(DT_INIT_ARRAYSZ) <= 2, "a function of ours runs at load");
+    // On aarch64 two libraries of the compilers ask, each for itself, what atomics the processor has.
+    let compilers = if file.architecture() == object::Architecture::Aarch64 { 2 } else { 0 };
+    assert!(count(DT_INIT_ARRAYSZ) <= 2 + compilers, "a function of ours runs at load");
 }
 
 #[test]
