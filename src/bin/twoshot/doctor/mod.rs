@@ -212,10 +212,7 @@ fn verdict(
             sizes::format(two)
         ),
     );
-    let text = format!(
-        "AllReduce up to {} over the {ranks} visible GPUs would be routed",
-        sizes::format(two)
-    );
+    let text = format!("AllReduce up to {} over the {ranks} visible GPUs would be routed", sizes::format(two));
     Verdict { routed: true, reason: None, text }
 }
 
