@@ -16,9 +16,9 @@ use super::address::{HANDLE, Handle};
 use super::bootstrap::{Listener, TcpExchange};
 use super::nics;
 use crate::call::{Call, Class, DataType, ReduceOp};
-use crate::comm::{Buffers, Communicator, Ready, State};
+use crate::comm::{Buffers, Communicator, Ready, State, collect};
 use crate::config::Config;
-use crate::driver::{Context, Event, Place, Scratch, Stream, copy, device_address, fill, reap};
+use crate::driver::{Context, Event, Place, Scratch, Stream, copy, device_address, fill};
 use crate::error::{Error, Result};
 use crate::route::{Agreement, Plan, Route, decide};
 use crate::steps::bounded;
@@ -146,7 +146,7 @@ impl Coll {
         let ranks = u32::try_from(handles.len()).map_err(|_| Error::Protocol("too many ranks"))?;
         let root = handles.first().and_then(Handle::decode);
         let root = root.ok_or(Error::Protocol("a handle of somebody else's (is twoshot the plugin of every rank?)"))?;
-        reap();
+        collect();
         let deadline = Duration::from_millis(Config::get().setup_timeout_ms);
         let device = nics::ordinal(nic)?;
         let mut exchange = TcpExchange::connect(root, ranks, rank, &listener, deadline)?;
@@ -311,7 +311,7 @@ impl Coll {
     /// have not ended, as after an abort, their kernels may still store into this rank's memory: it goes later then.
     pub fn close(self) {
         let Self { communicator, ready, requests, scratch, stream, exchange, context, .. } = self;
-        reap();
+        collect();
         let device = context.device().ordinal();
         if requests.iter().any(|request| request.in_flight()) {
             warning!(device, "collnet: a communicator is closed with requests in flight");
