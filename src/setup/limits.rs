@@ -71,7 +71,7 @@ fn payloads(config: &Config, row: Row) -> (u64, u64) {
 fn within(ranks: u32, memory: u64, mut oneshot: u64, mut piece: u64) -> Option<(u64, u64)> {
     let fits = |oneshot, piece| Some(Layout::for_payloads(ranks, oneshot, piece)?.window_bytes() <= memory);
     while !fits(oneshot, piece)? && oneshot.max(piece) > 0 {
-        if fits(oneshot, 0)? {
+        if oneshot == 0 || fits(oneshot, 0)? {
             piece /= 2;
         } else {
             oneshot /= 2;
