@@ -22,6 +22,8 @@ pub struct Domain {
     pub arch: u32,
     /// Smallest block budget.
     pub blocks: u32,
+    /// All ranks were told how many blocks to take, so the table has no say.
+    pub chosen_blocks: bool,
     /// Every rank can and wants multicast.
     pub multicast: bool,
     /// Minor release of stock NCCL; 0 where the ranks have different ones.
@@ -132,6 +134,7 @@ pub fn merge(blobs: &[Blob]) -> Result<Domain, Declined> {
         hosts: hosts.len() as u32,
         arch: facts.iter().map(|f| f.arch).min().unwrap_or(0),
         blocks: facts.iter().map(|f| f.blocks).min().unwrap_or(1).max(1),
+        chosen_blocks: facts.iter().all(|f| f.chosen_blocks),
         multicast: facts.iter().all(|f| f.multicast),
         nccl: if facts.iter().all(|f| f.nccl == first.nccl) { first.nccl } else { 0 },
         tuned: tuned(&facts),
@@ -234,6 +237,15 @@ mod tests {
         facts[3].multicast = false;
         let domain = merged(&facts).unwrap();
         assert_eq!((domain.blocks, domain.multicast), (24, false));
+    }
+
+    #[test]
+    fn a_number_of_blocks_that_one_rank_chose_does_not_replace_the_table_for_all() {
+        let mut facts = two_hosts();
+        facts[1].chosen_blocks = true;
+        assert!(!merged(&facts).unwrap().chosen_blocks);
+        facts.iter_mut().for_each(|f| f.chosen_blocks = true);
+        assert!(merged(&facts).unwrap().chosen_blocks);
     }
 
     #[test]

@@ -153,8 +153,7 @@ pub fn establish(
     let mut ballot = Ballot { exchange, device: request.device };
 
     let mut step = Step::new(number::PREPARE, rank);
-    let asked = (config, request);
-    let local = prepare(context, &domain, rank, asked, deadline);
+    let local = prepare(context, &domain, rank, config, deadline);
     if let Ok(prepared) = &local {
         (step.granularity, step.optional) = (prepared.granularity, prepared.multicast);
         step.blocks = prepared.blocks;
@@ -168,7 +167,7 @@ pub fn establish(
     let align = steps.iter().map(|step| step.granularity).max().unwrap_or(1).max(1);
     let blocks = steps.iter().map(|step| step.blocks).min().unwrap_or(1);
     let memory = steps.iter().map(|step| step.memory).min().unwrap_or(0);
-    let Some(limits) = limits(&domain, asked, blocks, memory) else {
+    let Some(limits) = limits(&domain, config, blocks, memory) else {
         return Ok(Err(Declined { reason: Decline::TooManyRanks, rank: 0, code: 0 }));
     };
     let Some(window_bytes) = limits.agreement.layout.window_bytes().checked_next_multiple_of(align) else {
@@ -252,14 +251,7 @@ struct Prepared {
 }
 
 /// Looks at links, fabric and kernels: everything that can say no before memory is taken.
-fn prepare(
-    context: &Arc<Context>,
-    domain: &Domain,
-    rank: u32,
-    asked: (&Config, Request),
-    deadline: Duration,
-) -> Local<Prepared> {
-    let config = asked.0;
+fn prepare(context: &Arc<Context>, domain: &Domain, rank: u32, config: &Config, deadline: Duration) -> Local<Prepared> {
     probe::links(domain, rank, config, deadline)?;
     let device = context.device().ordinal();
     if domain.handle == HandleType::Fabric {
@@ -283,7 +275,7 @@ fn prepare(
         Ok((granularity, sms.min(resident), capacity, module, kernels))
     })
     .or_else(reason(Decline::Module))?;
-    let whole = limits(domain, asked, u32::MAX, u64::MAX)
+    let whole = limits(domain, config, u32::MAX, u64::MAX)
         .ok_or((Decline::TooManyRanks, Error::Protocol("a window has no address range")))?;
     let full = whole.agreement.layout.window_bytes().next_multiple_of(granularity);
     let budget = config.memory.unwrap_or_else(|| MEMORY.max(full.saturating_mul(16)));

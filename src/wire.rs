@@ -57,6 +57,8 @@ pub struct Facts {
     pub mnnvl: bool,
     /// Several ranks may share this GPU.
     pub shared_gpu: bool,
+    /// Its user, or the communicator's configuration, chose the blocks.
+    pub chosen_blocks: bool,
     /// The fabric.
     pub fabric: FabricFacts,
 }
@@ -219,7 +221,7 @@ impl Facts {
         writer.bytes(&self.host).bytes(&self.process).bytes(&self.gpu).bytes(&self.bus_id);
         writer.u32(self.arch).u32(self.blocks);
         writer.flag(self.vmm).flag(self.fd_handles).flag(self.fabric_handles).flag(self.multicast);
-        writer.flag(self.mnnvl).flag(self.shared_gpu);
+        writer.flag(self.mnnvl).flag(self.shared_gpu).flag(self.chosen_blocks);
         writer.flag(self.fabric.completed).bytes(&self.fabric.uuid).u32(self.fabric.clique);
         writer.done()
     }
@@ -247,6 +249,7 @@ impl Facts {
             multicast: r.flag()?,
             mnnvl: r.flag()?,
             shared_gpu: r.flag()?,
+            chosen_blocks: r.flag()?,
             fabric: FabricFacts { completed: r.flag()?, uuid: r.take()?, clique: r.u32()? },
         })
     }

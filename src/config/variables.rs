@@ -53,7 +53,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "TWOSHOT_MAX_BLOCKS",
         "(table)",
-        "Most thread blocks of a launch, 1 to 256. The ranks use the smallest value of all.",
+        "Most thread blocks of a launch, 1 to 256. The ranks use the smallest value of all; set on all of them it replaces the table, up or down.",
     ),
     variable(
         "TWOSHOT_MEMORY",

@@ -1,7 +1,6 @@
 //! Limits, grids and layout of a communicator: pure functions of what its ranks agreed on.
 #![forbid(unsafe_code)]
 
-use super::Request;
 use crate::config::Config;
 use crate::domain::{Domain, Tuned};
 use crate::layout::{Algorithm, Layout};
@@ -23,7 +22,7 @@ pub struct Limits {
 }
 
 /// The limits. A window takes at most `memory` bytes before they are rounded.
-pub fn limits(domain: &Domain, (config, request): (&Config, Request), resident: u32, memory: u64) -> Option<Limits> {
+pub fn limits(domain: &Domain, config: &Config, resident: u32, memory: u64) -> Option<Limits> {
     let ranks = domain.facts.len() as u32;
     let Domain { arch, multicast, hosts, nccl, .. } = *domain;
     let world = World { ranks, arch, multicast, hosts, nccl };
@@ -42,9 +41,8 @@ pub fn limits(domain: &Domain, (config, request): (&Config, Request), resident: 
         return None;
     }
     let most = domain.blocks.min(resident).max(1);
-    let chosen = config.max_blocks.is_some() || request.max_blocks.is_some();
-    let blocks = if chosen { most } else { row.blocks.min(most) };
-    let tuned = chosen || row.source == Source::File;
+    let blocks = if domain.chosen_blocks { most } else { row.blocks.min(most) };
+    let tuned = domain.chosen_blocks || row.source == Source::File;
     let small_blocks = if tuned { blocks } else { blocks.max(SMALL_BLOCKS.min(most)) };
     let min_bytes = config.min_bytes;
     let agreement =

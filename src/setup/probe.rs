@@ -115,6 +115,7 @@ pub fn facts(
             facts.bus_id = device.bus_id;
             facts.arch = device.arch;
             let budget = config.max_blocks.into_iter().chain(request.max_blocks).min();
+            facts.chosen_blocks = budget.is_some();
             facts.blocks = device.sms.min(budget.unwrap_or(u32::MAX)).max(1);
             facts.vmm = device.vmm;
             facts.fd_handles = device.fd_handles;
