@@ -50,7 +50,7 @@ pub struct Config {
     pub max_blocks: Option<u32>,
     /// `TWOSHOT_MEMORY`: bytes of windows per device.
     pub memory: Option<u64>,
-    /// `TWOSHOT_MULTICAST`, off too where `NCCL_NVLS_ENABLE=0`.
+    /// `TWOSHOT_MULTICAST`, off too where `NCCL_NVLS_ENABLE=0` or where `NCCL_ALGO` excludes NVLS.
     pub multicast: bool,
     /// `TWOSHOT_TIMEOUT_MS`: deadline of a kernel's wait; 0 waits like stock NCCL.
     pub timeout_ms: u64,
@@ -110,7 +110,8 @@ impl Config {
             "TWOSHOT_ALGO",
             &[("auto", None), ("oneshot", Some(Algorithm::OneShot)), ("twoshot", Some(Algorithm::TwoShot))],
         )?;
-        let nvls = nccl_switch(var, "NCCL_NVLS_ENABLE").unwrap_or(true);
+        let nvls = nccl_switch(var, "NCCL_NVLS_ENABLE").unwrap_or(true)
+            && !string(var, "NCCL_ALGO").is_some_and(|value| excludes_nvls(&value));
         Ok(Self {
             mode,
             enable: switch(var, "TWOSHOT_ENABLE")?.unwrap_or(default.enable),
@@ -265,13 +266,26 @@ fn forbidden(var: &impl Fn(&str) -> Option<OsString>, choosing: bool) -> Option<
     None
 }
 
-/// `NCCL_ALGO` and `NCCL_PROTO` are lists separated by `;`, each entry `function:choice,...` or, without a
-/// colon, a choice for every function.
-fn names_allreduce(value: &str) -> bool {
-    value.split(';').map(str::trim).filter(|entry| !entry.is_empty()).any(|entry| match entry.split_once(':') {
-        Some((function, _)) => function.trim().eq_ignore_ascii_case("allreduce"),
-        None => true,
+/// What `NCCL_ALGO` or `NCCL_PROTO` says of AllReduce. The value is a list separated by `;`, each entry
+/// `function:choice,...` or, without a colon, a choice for every function.
+fn choices_for_allreduce(value: &str) -> impl Iterator<Item = &str> {
+    let entries = value.split(';').map(str::trim).filter(|entry| !entry.is_empty());
+    entries.filter_map(|entry| match entry.split_once(':') {
+        Some((function, choice)) => function.trim().eq_ignore_ascii_case("allreduce").then(|| choice.trim()),
+        None => Some(entry),
     })
+}
+
+/// Whether it chooses. A choice that begins with `^` only excludes, and our kernels are none of NCCL's algorithms:
+/// PyTorch's deterministic mode sets `^NVLS`, and nothing is more deterministic than what the user would lose.
+fn names_allreduce(value: &str) -> bool {
+    choices_for_allreduce(value).any(|choice| !choice.starts_with('^'))
+}
+
+/// Whether it excludes NVLS: then no multicast here either.
+fn excludes_nvls(value: &str) -> bool {
+    let mut excluded = choices_for_allreduce(value).filter_map(|choice| choice.strip_prefix('^'));
+    excluded.any(|names| names.split(',').any(|name| name.trim().to_ascii_lowercase().starts_with("nvls")))
 }
 
 #[cfg(test)]

@@ -41,10 +41,26 @@ fn nccl_algo_and_proto_are_obeyed_only_where_they_name_allreduce() {
         ("allreduce:tree", true),
         ("broadcast:ring;AllReduce:nvls", true),
         ("broadcast:ring", false),
+        ("^NVLS", false),
+        ("allreduce:^ring,tree", false),
+        ("^NVLS;allreduce:tree", true),
         (";", false),
     ] {
         assert_eq!(parse(&[("NCCL_ALGO", value)]).unwrap().forbidden.is_some(), forbidden, "{value}");
         assert_eq!(parse(&[("NCCL_PROTO", value)]).unwrap().forbidden.is_some(), forbidden, "{value}");
+    }
+}
+
+#[test]
+fn a_list_that_excludes_nvls_keeps_multicast_away() {
+    for (value, multicast) in [
+        ("^NVLS", false),
+        ("allreduce:^nvlstree", false),
+        ("^ring,NVLS", false),
+        ("^ring", true),
+        ("broadcast:^nvls", true),
+    ] {
+        assert_eq!(parse(&[("NCCL_ALGO", value)]).unwrap().multicast, multicast, "{value}");
     }
 }
 

@@ -90,7 +90,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "NCCL_ALGO",
         "(unset)",
-        "Obeyed: where it names AllReduce (or every function), AllReduce stays with stock NCCL. With `TWOSHOT_MODE=collnet` NCCL obeys it by itself.",
+        "Obeyed: where it names AllReduce (or every function), AllReduce stays with stock NCCL. A list that only excludes (`^NVLS`, set by PyTorch's deterministic mode) does not; where it excludes NVLS, no multicast. With `TWOSHOT_MODE=collnet` NCCL obeys it by itself.",
     ),
     variable("NCCL_PROTO", "(unset)", "Obeyed like `NCCL_ALGO`."),
     variable("NCCL_P2P_DISABLE", "0", "Obeyed: `1` means no peer memory, so stock NCCL."),
