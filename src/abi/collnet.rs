@@ -12,7 +12,7 @@ use std::ffi::{c_int, c_void};
 
 use super::net::{ncclNetPlugin_v8, ncclNetPlugin_v9, ncclNetPlugin_v10, ncclNetPlugin_v11, ncclNetPlugin_v12};
 use super::table::bindings::*;
-use super::table::{Table, put};
+use super::table::{Table, hand_out, put};
 use super::{Code, code, collnet_mode, guard, on_progress_thread, result_of};
 use crate::call::{DataType, ReduceOp};
 use crate::error::Error;
@@ -50,14 +50,8 @@ unsafe extern "C" fn listen_on(nic: c_int, handle: *mut c_void, out: *mut *mut c
             return code::INTERNAL;
         }
         match listen(nic) {
-            Ok((number, bytes)) => {
-                // SAFETY: the caller's promise.
-                unsafe {
-                    handle.cast::<[u8; HANDLE]>().write_unaligned(bytes);
-                    put(out, number as *mut c_void);
-                }
-                code::SUCCESS
-            }
+            // SAFETY: the caller's promise; the handle is not null.
+            Ok(listener) => unsafe { hand_out(listener, handle, out) },
             Err(error) => failed("listening", &error),
         }
     })

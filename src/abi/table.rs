@@ -1,6 +1,10 @@
 //! What the tables of the plugin interface have in common.
 
 use std::cell::UnsafeCell;
+use std::ffi::c_void;
+
+use super::{Code, code};
+use crate::official::address::HANDLE;
 
 #[allow(
     dead_code,
@@ -53,4 +57,21 @@ pub(super) unsafe fn put<T>(out: *mut T, value: T) {
         // SAFETY: the caller's promise.
         unsafe { out.write(value) };
     }
+}
+
+/// Hands a new listener to NCCL: its handle's bytes, and its number in the place of a pointer.
+///
+/// # Safety
+/// `handle` has room for [`HANDLE`] bytes; `out` is null or writable.
+pub(super) unsafe fn hand_out(
+    (number, bytes): (usize, [u8; HANDLE]),
+    handle: *mut c_void,
+    out: *mut *mut c_void,
+) -> Code {
+    // SAFETY: the caller's promise.
+    unsafe {
+        handle.cast::<[u8; HANDLE]>().write_unaligned(bytes);
+        put(out, number as *mut c_void);
+    }
+    code::SUCCESS
 }

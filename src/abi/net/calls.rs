@@ -4,7 +4,7 @@ use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 
 use super::super::table::bindings::*;
-use super::super::table::put;
+use super::super::table::{hand_out, put};
 use super::super::{Code, code, guard, on_progress_thread, result_of};
 use super::ours;
 use crate::error::Error;
@@ -25,14 +25,8 @@ pub(super) unsafe extern "C" fn listen_on(nic: c_int, handle: *mut c_void, out: 
             return code::INTERNAL;
         }
         match listen(nic) {
-            Ok((number, bytes)) => {
-                // SAFETY: the caller's promise.
-                unsafe {
-                    handle.cast::<[u8; HANDLE]>().write_unaligned(bytes);
-                    put(out, number as *mut c_void);
-                }
-                code::SUCCESS
-            }
+            // SAFETY: the caller's promise; the handle is not null.
+            Ok(listener) => unsafe { hand_out(listener, handle, out) },
             Err(error) => failed("listening", &error),
         }
     })
