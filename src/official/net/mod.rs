@@ -1,9 +1,9 @@
 //! The network over the NVLink domain: point to point, for all of NCCL's own algorithms.
 //!
-//! A connection has a window of a few slots on the receiver's GPU, which the sender maps ([`link`]). The receiver says
+//! A connection has a window of a few slots on the receiver's GPU, which the sender maps (`link.rs`). The receiver says
 //! which buffers wait; the sender copies into free slots with its GPU's copy engines and says so; the receiver copies to
 //! where the data belongs and gives the slot back. So memory of any kind can be sent, and nothing of the program's is
-//! mapped anywhere. What the ends tell each other goes over TCP ([`wire`]); both move on when NCCL tests a request.
+//! mapped anywhere. What the ends tell each other goes over TCP (`wire.rs`); both move on when NCCL tests a request.
 //!
 //! Slots are used in any order, a message's pieces are issued in order, and a piece is announced after the event behind
 //! its copy. A slot is free again when the receiver says so, which it does after the event behind its own copy: so no
