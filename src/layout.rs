@@ -16,6 +16,8 @@ pub const LINES_ALIGN: u64 = 8;
 pub const STAGES: u64 = 3;
 /// Bytes in front of stage 0 that only the owner touches (`TwoshotState`).
 pub const HEADER: u64 = 4096;
+/// Bytes at the end of the header that no kernel of ours touches.
+pub const SPARE: u64 = 64;
 /// Most blocks of one launch: the number of epoch replicas in the header.
 pub const MAX_BLOCKS: u32 = 256;
 /// Most threads of one block the kernels are compiled for.

@@ -7,7 +7,7 @@ mod script;
 use std::time::Duration;
 
 use common::Job;
-use script::{routed, stock_runs};
+use script::{field, routed, stock_runs, summary};
 use twoshot_sim::Topology;
 
 fn chains(program: &str) {
@@ -58,13 +58,43 @@ fn a_program_on_one_stream_makes_no_event_for_its_stock_operations() {
     }
 }
 
+/// The simulated driver dies of a stream that is used after its end, as a real one may.
 #[test]
-fn a_stream_that_is_destroyed_behind_a_stock_operation_does_not_fail_the_next_call() {
-    let program = "init; allreduce count=10; stream i=1; allreduce count=10 op=premulsum; drop_stream; \
-        allreduce count=20 reps=2 path=routed; stream i=1; allreduce count=10 op=premulsum; drop_stream; \
-        allreduce count=20 reps=2 path=routed; destroy; release";
-    let report = Job::new(Topology::one_host(2), program).run();
-    report.expect_success().expect_on().expect_nothing_live();
+fn a_stream_that_is_destroyed_behind_a_stock_operation_is_not_touched_by_the_next_call() {
+    let stock = "stream i=1; collective name=allgather count=10; drop_stream";
+    let (sum, gather) = ("allreduce count=20", "collective name=allgather count=30");
+    for (next, sums) in [
+        (format!("{sum} reps=2"), 2),
+        (format!("{gather}; {sum}"), 1),
+        (format!("group_start; {sum}; group_end; {sum}"), 2),
+        (format!("group_start; {sum}; {gather}; group_end"), 1),
+        (format!("group_start; {gather}; {sum}; group_end"), 1),
+        (format!("capture counts=20,5000; replay n=2; drop_graphs; {sum}"), 3),
+    ] {
+        let program = format!("init; {sum}; {stock}; {next}; {stock}; {next}; destroy; release");
+        let report = Job::new(Topology::one_host(2), &program).run();
+        report.expect_success().expect_on().expect_nothing_live();
+        for outcome in &report.outcomes {
+            assert_eq!((routed(outcome), stock_runs(outcome)), (1 + 2 * sums, 0), "{outcome}");
+        }
+    }
+}
+
+#[test]
+fn stock_nccl_is_asked_for_its_order_once_and_only_where_streams_change() {
+    let (stock, routed) = ("collective name=allgather count=10", "allreduce count=20");
+    for (program, sends) in [
+        (format!("{stock}; {routed}; {stock}; {routed}"), 0),
+        (format!("{stock}; stream i=1; {routed}; {stock}; stream i=2; {routed}; {stock}; stream i=0; {routed}"), 1),
+        (format!("{routed}; stream i=1; {routed}; {stock}; stream i=2; {routed}"), 0),
+        (format!("{stock}; stream i=1; {stock}; stream i=2; group_start; {routed}; {routed}; group_end"), 1),
+    ] {
+        let report = Job::new(Topology::one_host(2), &format!("init; allreduce count=10; {program}; destroy")).run();
+        report.expect_success().expect_on();
+        for outcome in &report.outcomes {
+            assert_eq!(field(summary(outcome), "nccl_send_runs") as u64, sends, "{program}: {outcome}");
+        }
+    }
 }
 
 /// Three communicators that overlap, three streams, ranks that are late at random, routed and stock calls of all types.

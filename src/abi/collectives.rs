@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::exchange::{StockExchange, retain};
+use super::order::behind_earlier_stock;
 use super::{Code, code, group, guard, inside, record_at_exit, result_of, stock, transparent, watch_forks};
 use crate::call::{Call, DataType, ReduceOp};
 use crate::comm::{self, Buffers, Communicator, Ready, State, lost};
@@ -216,7 +217,12 @@ fn all_reduce(a: Arguments) -> Code {
         return code;
     }
     match (place(&communicator, &a), communicator.state()) {
-        (Placement::Routed(plan), State::Ready(ready)) => launch(&communicator, ready, plan, &a),
+        (Placement::Routed(plan), State::Ready(ready)) => {
+            match behind_earlier_stock(stock, &communicator, a.comm, RawStream(a.stream as usize)) {
+                Ok(()) => launch(&communicator, ready, plan, &a),
+                Err(code) => code,
+            }
+        }
         (Placement::Routed(_), _) => failed(&lost()),
         (Placement::Stock, _) => in_order(&communicator, RawStream(a.stream as usize), || a.to_stock(stock)),
         (Placement::Failed(code), _) => code,

@@ -15,6 +15,7 @@ use std::ffi::{CStr, c_int, c_void};
 use std::sync::Arc;
 
 use super::collectives::{Arguments, Placement, before_stock, behind_stock, fault_or_launch, in_order, place, set_up};
+use super::order::behind_earlier_stock_in_group;
 use super::{Code, absent, code, guard, inside, stock, transparent};
 use crate::comm::{Communicator, State};
 use crate::driver::{RawStream, capturing};
@@ -146,6 +147,13 @@ pub(super) fn all_reduce(stock: &'static Stock, communicator: Arc<Communicator>,
 fn queue(stock: &Stock, communicator: Arc<Communicator>, arguments: Arguments) -> Code {
     match place(&communicator, &arguments) {
         Placement::Routed(plan) => {
+            let stream = RawStream(arguments.stream as usize);
+            // What stock NCCL already has of the communicator would be started by its own mark; and is on a stream that lives.
+            if !with(false, |group| group.touches(arguments.comm))
+                && let Err(code) = behind_earlier_stock_in_group(stock, &communicator, arguments.comm, stream)
+            {
+                return code;
+            }
             let behind_stock = !communicator.hints().non_blocking;
             let routed = Routed { communicator, plan, arguments };
             with((), |group| {

@@ -6,6 +6,7 @@ mod exchange;
 mod group;
 mod lifecycle;
 mod net;
+mod order;
 mod report;
 mod table;
 mod tuner;

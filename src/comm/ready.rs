@@ -15,7 +15,7 @@ use crate::driver::{
     reap, retain_for_graph, with_relaxed_capture,
 };
 use crate::error::Result;
-use crate::layout::Algorithm;
+use crate::layout::{Algorithm, HEADER, SPARE};
 use crate::route::{Agreement, Plan, grid};
 use crate::setup::Established;
 use crate::table::World;
@@ -55,8 +55,6 @@ struct Captured {
 #[derive(Default)]
 struct Order {
     eager: Option<RawStream>,
-    /// The last eager operation was stock NCCL's, and `last` was not recorded behind it.
-    unmarked: bool,
     /// Operations have been on more than one stream: from then on stock NCCL's are marked too.
     several: bool,
     captured: Option<Captured>,
@@ -113,6 +111,8 @@ pub struct Ready {
     dependent: bool,
     laid_aside: AtomicBool,
     order: Mutex<Order>,
+    /// The last eager operation was stock NCCL's, and `last` was not recorded behind it. Changes under `order`.
+    unmarked: AtomicBool,
     last: Event,
     // Dropped in this order: kernels before the memory they work on.
     kernels: Kernels,
@@ -137,6 +137,7 @@ impl Ready {
             dependent: dependent_launch(),
             laid_aside: AtomicBool::new(false),
             order: Mutex::default(),
+            unmarked: AtomicBool::new(false),
             last,
             kernels,
             workspace,
@@ -184,7 +185,8 @@ impl Ready {
         let Some(capture) = capture_of(&self.context, stream) else {
             self.behind_last(&mut order, stream)?;
             self.queue(plan, dependent, buffers)?;
-            (order.eager, order.unmarked) = (Some(stream), false);
+            order.eager = Some(stream);
+            self.unmarked.store(false, Ordering::Relaxed);
             // Recorded now, not when the stream changes: by then the caller may have destroyed this one.
             return self.last.record(stream);
         };
@@ -227,15 +229,9 @@ impl Ready {
             return Ok(());
         };
         order.several = true;
-        if std::mem::take(&mut order.unmarked)
-            && let Err(error) = self.last.record(last)
-        {
-            // The stream is gone, and with it the way to wait for what was on it.
-            warning!(
-                self.device(),
-                "a stream was destroyed behind a call of stock NCCL, which is not waited for: {error}"
-            );
-            return Ok(());
+        if self.unmarked.swap(false, Ordering::Relaxed) {
+            // A default stream, or one of the group that is ending: both live.
+            self.last.record(last)?;
         }
         self.last.hold(stream)
     }
@@ -248,15 +244,39 @@ impl Ready {
             return Ok(());
         }
         let _entered = self.context.enter()?;
-        let Some(capture) = capture_of(&self.context, stream) else { return self.behind_last(&mut order, stream) };
+        let Some(capture) = capture_of(&self.context, stream) else {
+            // Stock NCCL keeps its own operations in order.
+            let own = self.unmarked.load(Ordering::Relaxed);
+            return if own { Ok(()) } else { self.behind_last(&mut order, stream) };
+        };
         match order.captured.filter(|last| last.id == capture.id && last.stream != stream).and_then(|last| last.node) {
             Some(node) => order_behind(&self.context, stream, node),
             None => Ok(()),
         }
     }
 
-    /// Behind it: ours that are issued later run behind it. An event marks it only where streams have changed before;
-    /// the first time they change, the mark is set then.
+    /// Whether the last operation was stock NCCL's, on another stream, and left no mark: before a routed call, stock NCCL
+    /// has to set one on this stream then (`abi::order`). From now on all are marked.
+    pub fn behind_unmarked(&self, stream: RawStream) -> bool {
+        if !self.unmarked.load(Ordering::Relaxed) {
+            return false;
+        }
+        let mut order = self.order.lock();
+        let elsewhere = order.eager.is_some_and(|last| last != stream && !last.is_default());
+        order.several |= elsewhere;
+        elsewhere
+    }
+
+    /// Bytes of each of the two places of [`Self::spare`].
+    pub const SPARE: usize = SPARE as usize / 2;
+
+    /// Two places in this rank's memory that no kernel of ours uses.
+    pub fn spare(&self) -> (u64, u64) {
+        let first = self.args.windows + u64::from(self.args.rank) * self.args.window_stride + HEADER - SPARE;
+        (first, first + SPARE / 2)
+    }
+
+    /// Behind it: ours that are issued later run behind it. An event marks it only where streams have changed before.
     pub fn behind_stock(&self, stream: RawStream) -> Result<()> {
         let mut order = self.order.lock();
         if let Some(capture) = capture_of(&self.context, stream) {
@@ -265,8 +285,9 @@ impl Ready {
         }
         order.eager = Some(stream);
         // The per-thread stream is another one on every thread: it can only be marked here.
-        order.unmarked = !order.several && stream != RawStream::PER_THREAD;
-        if order.unmarked {
+        let unmarked = !order.several && stream != RawStream::PER_THREAD;
+        self.unmarked.store(unmarked, Ordering::Relaxed);
+        if unmarked {
             return Ok(());
         }
         let _entered = self.context.enter()?;

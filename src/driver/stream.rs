@@ -17,6 +17,11 @@ impl RawStream {
     /// `cudaStreamPerThread`: one value that means another stream on every thread.
     pub const PER_THREAD: Self = Self(2);
 
+    /// Whether it is the default stream, under either of its names: that one cannot be destroyed.
+    pub fn is_default(self) -> bool {
+        self.0 <= 1
+    }
+
     pub(super) fn raw(self) -> sys::CUstream {
         self.0 as sys::CUstream
     }

@@ -12,7 +12,7 @@ namespace twoshot::sim {
 template <class Handle, class Object>
 class Handles {
 public:
-    explicit Handles(uint64_t kind) : next_((kind << 32) + 16) {}
+    explicit Handles(uint64_t kind) : first_((kind << 32) + 16), next_(first_) {}
 
     Handle add(std::shared_ptr<Object> object) {
         std::lock_guard<std::mutex> lock(mutex_);
@@ -35,9 +35,20 @@ public:
         return object;
     }
 
+    std::map<Handle, std::shared_ptr<Object>> all() {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return table_;
+    }
+    // Whether it was handed out, however long ago.
+    bool was(Handle handle) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        auto value = reinterpret_cast<uint64_t>(handle);
+        return value >= first_ && value < next_;
+    }
+
 private:
     std::mutex mutex_;
-    uint64_t next_;
+    uint64_t first_, next_;
     std::map<Handle, std::shared_ptr<Object>> table_;
 };
 

@@ -160,7 +160,10 @@ CUresult find_stream(CUstream handle, std::shared_ptr<Stream>* stream) {
         return CUDA_SUCCESS;
     }
     *stream = table().find(handle);
-    return *stream ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
+    if (*stream) return CUDA_SUCCESS;
+    // A real driver follows the handle into freed memory.
+    if (table().was(handle)) die("a stream was used that has been destroyed");
+    return CUDA_ERROR_INVALID_HANDLE;
 }
 
 void drain(CUcontext context) {

@@ -229,6 +229,11 @@ bool Driver::dispatch(const Statement& s) {
       lane->streams.pop_back();
       lane->stream = 0;
     }
+  } else if (n == "reset_device") {
+    for (Lane* lane : concerned(s)) {
+      release(*lane);
+      if (accept_cuda(cuDevicePrimaryCtxReset_v2(lane->device), "cuDevicePrimaryCtxReset")) lane->open();
+    }
   } else if (n == "sync") {
     for (Lane* lane : concerned(s)) accept(sync(*lane), "sync");
   } else if (n == "release") {

@@ -58,13 +58,9 @@ void* find_function(const char* name) {
 Lane make_lane(int rank, int device) {
   Lane lane;
   lane.rank = rank;
-  CUstream stream = nullptr;
   CUresult result = cuDeviceGet(&lane.device, device);
-  if (result == CUDA_SUCCESS) result = cuDevicePrimaryCtxRetain(&lane.context, lane.device);
-  if (result == CUDA_SUCCESS) result = cuCtxSetCurrent(lane.context);
-  if (result == CUDA_SUCCESS) result = cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING);
   if (result != CUDA_SUCCESS) throw std::runtime_error("device: CUDA error " + std::to_string(result));
-  lane.streams.push_back(stream);
+  lane.open();
   return lane;
 }
 
@@ -163,6 +159,7 @@ std::string counters() {
   }
   if (auto runs = reinterpret_cast<Calls>(find_function("sim_nccl_executions"))) {
     text += ",\"nccl_allreduce_runs\":" + std::to_string(runs("ncclAllReduce"));
+    text += ",\"nccl_send_runs\":" + std::to_string(runs("ncclSend"));
     text += ",\"nccl_collnet_runs\":" + std::to_string(runs("collnet"));
   }
   return text;

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <map>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -67,6 +68,15 @@ struct Lane {
   size_t comm = 0;
   std::vector<Buffer> pool;
 
+  // Retains the context, makes it current and the first stream in it.
+  void open() {
+    CUstream made = nullptr;
+    CUresult result = cuDevicePrimaryCtxRetain(&context, device);
+    if (result == CUDA_SUCCESS) result = cuCtxSetCurrent(context);
+    if (result == CUDA_SUCCESS) result = cuStreamCreate(&made, CU_STREAM_NON_BLOCKING);
+    if (result != CUDA_SUCCESS) throw std::runtime_error("device: CUDA error " + std::to_string(result));
+    streams.push_back(made);
+  }
   Member& member() { return comms.at(comm); }
   CUstream current() { return streams.at(stream); }
 };
