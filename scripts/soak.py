@@ -119,11 +119,14 @@ class Place:
         return 0 if self.simulated else rank % self.gpus
 
     def live(self, session, pid):
-        """What a simulated process left with the driver: the counters' table of 64-byte slots."""
+        """What a simulated process left with the driver: the counters' table of 64-byte slots. A module a device may stay,
+        and its reference to the context."""
         path = session / f"stats.{pid}"
         data = path.read_bytes() if path.exists() else b""
         slots = [data[at:at + 64] for at in range(0, len(data), 64)]
         values = {slot[:56].split(b"\0")[0].decode(): int.from_bytes(slot[56:], sys.byteorder) for slot in slots}
+        for name in ("live.contexts", "live.modules"):
+            values[name] = max(0, values.get(name, 0) - values.get("live.modules", 0))
         return {name: value for name, value in values.items() if name.startswith("live.") and value}
 
     def gpu_processes(self):

@@ -235,3 +235,27 @@ fn a_destroyed_communicator_is_an_error_of_stock_and_no_crash() {
         assert_eq!(routed(outcome), 2, "{outcome}");
     }
 }
+
+#[test]
+fn communicators_after_one_another_share_the_code_that_the_first_one_loaded() {
+    let report =
+        Job::new(Topology::one_host(2), "repeat n=4; init; allreduce count=100 path=routed; destroy; end").run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for outcome in &report.outcomes {
+        let stats = report.session.stats(outcome.pid).expect("stats of a rank");
+        assert_eq!((stats.calls("cuModuleLoadData"), stats.calls("cuModuleUnload")), (1, 0), "{outcome}");
+    }
+}
+
+/// The simulated driver dies of a module that went with its context.
+#[test]
+fn a_program_that_resets_its_device_gets_the_code_loaded_anew() {
+    let program = "repeat n=3; init; allreduce count=100 path=routed; destroy; barrier; reset_device; end; \
+        init; allreduce count=3000 path=routed; destroy; release";
+    let report = Job::new(Topology::one_host(2), program).run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for outcome in &report.outcomes {
+        let stats = report.session.stats(outcome.pid).expect("stats of a rank");
+        assert_eq!((stats.calls("cuModuleLoadData"), stats.calls("cuModuleUnload")), (4, 0), "{outcome}");
+    }
+}

@@ -136,6 +136,14 @@ impl Context {
         self.device
     }
 
+    /// What tells it from a context that took its place after the program reset the device; nothing before CUDA 12.
+    pub(super) fn id(&self) -> Option<u64> {
+        let get = self.device.api.cuCtxGetId?;
+        let mut id = 0;
+        // SAFETY: a context that this holds a reference to, and a valid out-pointer.
+        super::api::check("cuCtxGetId", unsafe { get(self.raw, &mut id) }).ok().map(|()| id)
+    }
+
     pub(super) fn api(&self) -> &'static Api {
         self.device.api
     }

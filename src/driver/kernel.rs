@@ -38,7 +38,7 @@ pub const SENTINEL: u32 = abi::TWOSHOT_SENTINEL;
 
 // The host's layout and the kernels' are one.
 const _: () = {
-    assert!(size_of::<TwoshotState>() as u64 <= layout::HEADER);
+    assert!(size_of::<TwoshotState>() as u64 <= layout::HEADER - layout::SPARE);
     assert!(abi::TWOSHOT_LINE_BYTES as u64 == layout::LINE);
     assert!(abi::TWOSHOT_HALF_BYTES as u64 == layout::HALF);
     assert!(abi::TWOSHOT_STAGES as u64 == layout::STAGES);
@@ -52,7 +52,8 @@ const _: () = {
 struct Image<T: ?Sized>(T);
 static IMAGE: &Image<[u8]> = &Image(*include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
 
-/// The kernels loaded on one device. Shared by the communicators of a device; unloaded with the last one.
+/// The kernels loaded on one device. Shared by the communicators of a device, and kept when they have ended: unloading
+/// code may wait for what runs on the device, and the next communicator would load it again.
 pub struct Module {
     context: Arc<Context>,
     raw: sys::CUmodule,
@@ -63,15 +64,29 @@ unsafe impl Send for Module {}
 // SAFETY: as above.
 unsafe impl Sync for Module {}
 
-static LOADED: Mutex<Vec<Weak<Module>>> = Mutex::new(Vec::new());
+/// What is loaded on a device.
+struct Loaded {
+    module: Weak<Module>,
+    /// Keeps it, where a context that is gone can be told from its successor, and that context's number.
+    kept: Option<(Arc<Module>, u64)>,
+}
+
+static LOADED: Mutex<Vec<Loaded>> = Mutex::new(Vec::new());
 
 impl Module {
     /// Loads the kernels, or shares those already loaded on this device.
     pub fn load(context: &Arc<Context>) -> Result<Arc<Self>> {
         let mut loaded = LOADED.lock();
-        loaded.retain(|module| module.strong_count() > 0);
+        let id = context.id();
         let ordinal = context.device().ordinal();
-        let shared = loaded.iter().filter_map(Weak::upgrade);
+        for old in loaded.extract_if(.., |old| match &old.kept {
+            Some((module, kept)) => module.context.device().ordinal() == ordinal && id.is_some_and(|id| id != *kept),
+            None => old.module.strong_count() == 0,
+        }) {
+            // The device was reset: the driver has unloaded it, and counts no reference to that context any more.
+            std::mem::forget(old.kept);
+        }
+        let shared = loaded.iter().filter_map(|one| one.module.upgrade());
         if let Some(module) = shared.into_iter().find(|module| module.context.device().ordinal() == ordinal) {
             return Ok(module);
         }
@@ -80,7 +95,7 @@ impl Module {
         // SAFETY: the image is a complete fat binary, aligned, and lives as long as the program.
         unsafe { call!(context.api(), cuModuleLoadData(&mut raw, IMAGE.0.as_ptr().cast())) }?;
         let module = Arc::new(Self { context: Arc::clone(context), raw });
-        loaded.push(Arc::downgrade(&module));
+        loaded.push(Loaded { module: Arc::downgrade(&module), kept: id.map(|id| (Arc::clone(&module), id)) });
         Ok(module)
     }
 

@@ -126,7 +126,7 @@ impl Cell {
             verdicts.push(verdict);
             let stats = report.session.stats(outcome.pid).map_err(|e| e.to_string())?;
             let allowed = if rank == self.rank { lost_by(&self.call) } else { &[] };
-            let left: Vec<_> = stats.all_live().into_iter().filter(|(kind, _)| !allowed.contains(kind)).collect();
+            let left: Vec<_> = stats.left_behind().into_iter().filter(|(kind, _)| !allowed.contains(kind)).collect();
             if !left.is_empty() {
                 return Err(format!("rank {rank} left {left:?} behind"));
             }

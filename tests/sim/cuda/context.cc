@@ -4,6 +4,8 @@
 #include "stats.h"
 #include "streams.h"
 
+#include <atomic>
+
 namespace twoshot::sim {
 namespace {
 
@@ -11,6 +13,9 @@ std::mutex& table_mutex() {
     static auto* mutex = new std::mutex;
     return *mutex;
 }
+
+// No two contexts of a process have had the same.
+std::atomic<uint64_t> next_id{1};
 
 // One primary context a device, made once and never freed: a stale handle must
 // be told from a live one.
@@ -20,6 +25,7 @@ std::vector<CUcontext>& table() {
         for (size_t i = 0; i < visible_gpus().size(); i++) {
             auto* c = new CUctx_st;
             c->ordinal = int(i);
+            c->id = next_id++;
             c->gpu = visible_gpu(int(i));
             v->push_back(c);
         }
@@ -88,6 +94,27 @@ CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
     return CUDA_SUCCESS;
 }
 
+// Everything of the context is gone, whoever holds a reference; its address comes again.
+CUresult cuDevicePrimaryCtxReset_v2(CUdevice device) {
+    SIM_ENTRY(0);
+    if (device < 0 || size_t(device) >= table().size()) return CUDA_ERROR_INVALID_DEVICE;
+    CUcontext context = table()[device];
+    drain(context);
+    std::shared_ptr<Stream> legacy;
+    {
+        std::lock_guard<std::mutex> lock(table_mutex());
+        stats::live(stats::kContexts, -context->retained);
+        context->retained = 0;
+        context->id = next_id++;
+        std::lock_guard<std::mutex> inner(context->mutex);
+        legacy = std::move(context->legacy);
+        context->legacy = nullptr;
+    }
+    if (legacy) legacy->close();
+    drop_modules(context);
+    return CUDA_SUCCESS;
+}
+
 CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned int* flags, int* active) {
     SIM_ENTRY(0);
     if (!flags || !active) return CUDA_ERROR_INVALID_VALUE;
@@ -127,6 +154,17 @@ CUresult cuCtxPopCurrent_v2(CUcontext* context) {
     if (stack.empty()) return CUDA_ERROR_INVALID_CONTEXT;
     if (context) *context = stack.back();
     stack.pop_back();
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetId(CUcontext context, unsigned long long* id) {
+    SIM_ENTRY(0);
+    if (!id) return CUDA_ERROR_INVALID_VALUE;
+    if (!context && !stack.empty()) context = stack.back();
+    if (!context || !known(context)) return CUDA_ERROR_INVALID_CONTEXT;
+    if (!context_alive(context)) return CUDA_ERROR_CONTEXT_IS_DESTROYED;
+    std::lock_guard<std::mutex> lock(table_mutex());
+    *id = context->id;
     return CUDA_SUCCESS;
 }
 

@@ -15,6 +15,7 @@ class Stream;
 struct CUctx_st {
     int ordinal;
     twoshot::sim::GpuId gpu;
+    uint64_t id = 0;                                         // another after a reset, as `retained`
     int retained = 0;                                        // guarded by the context table's mutex
     std::mutex mutex;
     std::shared_ptr<twoshot::sim::Stream> legacy;            // guarded by `mutex`
@@ -26,5 +27,8 @@ namespace twoshot::sim {
 // The thread's current context if it is alive; otherwise the error to return.
 CUresult current_context(CUcontext* context);
 bool context_alive(CUcontext context);
+
+// What was loaded into a context that is gone (module.cc).
+void drop_modules(CUcontext context);
 
 }  // namespace twoshot::sim

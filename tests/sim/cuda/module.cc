@@ -29,6 +29,7 @@ struct Function {
 
 struct Module {
     CUcontext context;
+    bool repeated = false;  // the context had one already
     std::mutex mutex;
     std::map<std::string, CUfunction> functions;
 };
@@ -40,6 +41,12 @@ Handles<CUmodule, Module>& modules() {
 Handles<CUfunction, Function>& functions() {
     static auto* handles = new Handles<CUfunction, Function>(0x57);
     return *handles;
+}
+
+// A real driver follows the handle into freed memory.
+CUresult gone(CUmodule handle) {
+    if (modules().was(handle)) die("a module was used that is no longer loaded");
+    return CUDA_ERROR_INVALID_HANDLE;
 }
 
 uint64_t number(const char* name) {
@@ -121,6 +128,17 @@ CUresult launch(CUfunction handle, const unsigned grid[3], const unsigned block[
 }
 
 }  // namespace
+
+void drop_modules(CUcontext context) {
+    for (auto& [handle, module] : modules().all()) {
+        if (module->context != context) continue;
+        for (auto& entry : module->functions) functions().remove(entry.second);
+        modules().remove(handle);
+        stats::live(stats::kModules, -1);
+        stats::live(stats::kRepeatedModules, -int64_t(module->repeated));
+    }
+}
+
 }  // namespace twoshot::sim
 
 using namespace twoshot::sim;
@@ -133,6 +151,8 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
     if (CUresult r = fatbin_fits(image, topology().gpu(context->gpu))) return r;
     auto made = std::make_shared<Module>();
     made->context = context;
+    for (auto& [handle, other] : modules().all()) made->repeated |= other->context == context;
+    stats::live(stats::kRepeatedModules, made->repeated);
     *module = modules().add(std::move(made));
     stats::live(stats::kModules, 1);
     return CUDA_SUCCESS;
@@ -141,9 +161,10 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
 CUresult cuModuleUnload(CUmodule handle) {
     SIM_ENTRY(kUnsafe);
     auto module = modules().remove(handle);
-    if (!module) return CUDA_ERROR_INVALID_HANDLE;
+    if (!module) return gone(handle);
     for (auto& entry : module->functions) functions().remove(entry.second);
     stats::live(stats::kModules, -1);
+    stats::live(stats::kRepeatedModules, -int(module->repeated));
     return CUDA_SUCCESS;
 }
 
@@ -151,7 +172,7 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule handle, const char* 
     SIM_ENTRY(0);
     if (!function || !name) return CUDA_ERROR_INVALID_VALUE;
     auto module = modules().find(handle);
-    if (!module) return CUDA_ERROR_INVALID_HANDLE;
+    if (!module) return gone(handle);
     const Kernel* kernel = find_kernel(name);
     if (!kernel) return CUDA_ERROR_NOT_FOUND;
     std::lock_guard<std::mutex> lock(module->mutex);

@@ -30,7 +30,7 @@ const char* const live_names[kLiveCount] = {
     "allocations", "imports", "mappings", "mapped_bytes", "reservations", "reserved_bytes", "fds",
     "multicast_objects", "multicast_imports", "multicast_bindings",
     "streams", "events", "modules", "device_allocations", "device_bytes", "host_allocations", "contexts",
-    "user_objects", "graphs", "graph_execs", "nvml_inits",
+    "user_objects", "graphs", "graph_execs", "nvml_inits", "repeated_modules",
 };
 const char* const total_names[kTotalCount] = {
     "fabric_orphans", "lazy_loads", "calls_after_exit", "launches", "graph_launches",

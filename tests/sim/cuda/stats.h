@@ -15,6 +15,7 @@ enum Live : unsigned {
     kMulticastObjects, kMulticastImports, kMulticastBindings,
     kStreams, kEvents, kModules, kDeviceAllocations, kDeviceBytes, kHostAllocations, kContexts,
     kUserObjects, kGraphs, kGraphExecs, kNvmlInits,
+    kRepeatedModules,
     kLiveCount
 };
 

@@ -8,12 +8,12 @@ namespace {
 // Every exported entry, with the first version of CUDA that means it by its
 // plain name; 0: always.
 #define SIM_ENTRIES(ENTRY) \
-    ENTRY(cuCtxGetCurrent, 0) ENTRY(cuCtxGetDevice, 0) ENTRY(cuCtxPopCurrent_v2, 0) ENTRY(cuCtxPushCurrent_v2, 0) \
+    ENTRY(cuCtxGetCurrent, 0) ENTRY(cuCtxGetDevice, 0) ENTRY(cuCtxGetId, 12000) ENTRY(cuCtxPopCurrent_v2, 0) ENTRY(cuCtxPushCurrent_v2, 0) \
     ENTRY(cuCtxSetCurrent, 0) ENTRY(cuCtxSynchronize, 0) ENTRY(cuDeviceCanAccessPeer, 0) ENTRY(cuDeviceGet, 0) \
     ENTRY(cuDeviceGetAttribute, 0) ENTRY(cuDeviceGetByPCIBusId, 0) ENTRY(cuDeviceGetCount, 0) \
     ENTRY(cuDeviceGetName, 0) ENTRY(cuDeviceGetP2PAttribute, 0) ENTRY(cuDeviceGetPCIBusId, 0) \
     ENTRY(cuDeviceGetUuid_v2, 0) ENTRY(cuDevicePrimaryCtxGetState, 0) ENTRY(cuDevicePrimaryCtxRelease_v2, 0) \
-    ENTRY(cuDevicePrimaryCtxRetain, 0) ENTRY(cuDeviceTotalMem_v2, 0) ENTRY(cuDriverGetVersion, 0) \
+    ENTRY(cuDevicePrimaryCtxReset_v2, 0) ENTRY(cuDevicePrimaryCtxRetain, 0) ENTRY(cuDeviceTotalMem_v2, 0) ENTRY(cuDriverGetVersion, 0) \
     ENTRY(cuEventCreate, 0) ENTRY(cuEventDestroy_v2, 0) ENTRY(cuEventElapsedTime, 0) \
     ENTRY(cuEventElapsedTime_v2, 12080) ENTRY(cuEventQuery, 0) ENTRY(cuEventRecord, 0) ENTRY(cuEventSynchronize, 0) \
     ENTRY(cuFuncGetAttribute, 0) ENTRY(cuFuncLoad, 0) ENTRY(cuFuncSetAttribute, 0) ENTRY(cuGetErrorName, 0) \

@@ -78,8 +78,17 @@ impl Stats {
         live.filter(|(_, value)| *value != 0).collect()
     }
 
+    /// Everything that is held and should not be: all but one module on each device, and one reference to the context
+    /// that each is loaded into. A module may stay for the next communicator.
+    pub fn left_behind(&self) -> Vec<(&str, u64)> {
+        let modules = self.live("modules");
+        let kept = |name| if ["modules", "contexts"].contains(&name) { modules } else { 0 };
+        let left = self.all_live().into_iter().map(|(name, held)| (name, held.saturating_sub(kept(name))));
+        left.filter(|(_, held)| *held > 0).collect()
+    }
+
     /// # Panics
-    /// When anything is still held.
+    /// When anything is left behind ([`Self::left_behind`]).
     #[track_caller]
     pub fn assert_nothing_live(&self) {
         self.assert_nothing_live_but(&[]);
@@ -89,7 +98,7 @@ impl Stats {
     /// When anything but these kinds is still held.
     #[track_caller]
     pub fn assert_nothing_live_but(&self, kinds: &[&str]) {
-        let left: Vec<_> = self.all_live().into_iter().filter(|(name, _)| !kinds.contains(name)).collect();
+        let left: Vec<_> = self.left_behind().into_iter().filter(|(name, _)| !kinds.contains(name)).collect();
         assert!(left.is_empty(), "left behind: {left:?}");
     }
 }
