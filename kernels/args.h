@@ -60,7 +60,8 @@ typedef struct TwoshotArgs {
   uint32_t rank;
   uint32_t ranks;
   uint32_t op;            /* TWOSHOT_OP_* */
-  uint32_t type;          /* TWOSHOT_TYPE_* or another ncclDataType_t */
+  uint16_t type;          /* TWOSHOT_TYPE_* or another ncclDataType_t */
+  uint16_t trigger;       /* 1: the next launch of the stream may become resident now; it waits for this one's end */
 } TwoshotArgs;
 
 /* At the start of the own window; nobody else touches it. */
@@ -102,6 +103,7 @@ TWOSHOT_ASSERT(offsetof(TwoshotArgs, rank) == 72);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, ranks) == 76);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, op) == 80);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, type) == 84);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, trigger) == 86);
 
 TWOSHOT_ASSERT(sizeof(TwoshotState) == 4 * TWOSHOT_MAX_BLOCKS + 8);
 TWOSHOT_ASSERT(sizeof(TwoshotState) <= TWOSHOT_HEADER_BYTES);

@@ -104,10 +104,12 @@ TWOSHOT_UNROLL_BY(Ranks::kUnroll)
 
 // ---- programmatic dependent launch ----------------------------------------------------------------------------------
 
-// In this order: at most one launch of a communicator waits on the GPU behind the one that runs.
-TWOSHOT_DEVICE void griddepcontrol_wait_then_launch_dependents() {
+// In this order: at most one launch of a communicator waits on the GPU behind the one that runs. Only where the host
+// says so: a kernel of the program's that does not wait would read `out` before it is there, and one that waits would
+// hold the multiprocessors that another communicator's peers need.
+TWOSHOT_DEVICE void griddepcontrol_wait_then_launch_dependents(const TwoshotArgs& args) {
   griddepcontrol_wait();
-  griddepcontrol_launch_dependents();
+  griddepcontrol_launch_dependents_if(args.trigger != 0);
 }
 
 // ---- epoch ------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ TWOSHOT_UNROLL_BY(Ranks::kUnroll)
 
   template <uint32_t U>
   TWOSHOT_DEVICE void run() const {
-    griddepcontrol_wait_then_launch_dependents();
+    griddepcontrol_wait_then_launch_dependents(args);
 
     // The first batch and the epoch are fetched together; the batch stays in registers, for mostly it is the only one.
     Line own[U];

@@ -23,8 +23,11 @@ struct alignas(16) Line {
 
 // ---- kernel boundary ------------------------------------------------------------------------------------------
 
-TWOSHOT_DEVICE void griddepcontrol_launch_dependents() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+TWOSHOT_DEVICE void griddepcontrol_launch_dependents_if(bool wanted) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %0, 0;\n\t"
+      "@p griddepcontrol.launch_dependents; }" ::"r"(static_cast<uint32_t>(wanted))
+      : "memory");
 }
 
 TWOSHOT_DEVICE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

@@ -200,7 +200,7 @@ TWOSHOT_UNROLL
 
   TWOSHOT_DEVICE void run() const {
     const uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
-    griddepcontrol_wait_then_launch_dependents();
+    griddepcontrol_wait_then_launch_dependents(args);
 
     // At least once: a thread without lines needs the epoch too.
     uint32_t i = first, epoch;

@@ -10,15 +10,10 @@ const DEVICES: usize = 64;
 ///
 /// A kernel waits for its peers' with the multiprocessors it holds. If the launches of all communicators that can be
 /// under way at once did not fit the device together, two ranks could each hold what the other's kernel needs. So each
-/// gets a share, with one share in reserve: a communicator that becomes ready fits beside what was launched before. With
-/// programmatic launches two launches of a communicator are resident at once. One communicator alone orders its own.
-pub fn blocks(capacity: u32, communicators: u32, programmatic: bool) -> u32 {
-    let shares = match communicators {
-        0 | 1 => 1,
-        several if programmatic => 2 * several,
-        several => several.saturating_add(1),
-    };
-    (capacity / shares).max(1)
+/// gets a share, with one share in reserve: a communicator that becomes ready fits beside what was launched before. Alone
+/// it may have two launches resident at once, one of which waits for the other.
+pub fn blocks(capacity: u32, communicators: u32) -> u32 {
+    (capacity / communicators.max(1).saturating_add(1)).max(1)
 }
 
 /// Bytes of windows taken, by device.
@@ -89,19 +84,19 @@ mod tests {
     proptest! {
         #[test]
         fn the_launches_of_all_communicators_fit_the_device_together(
-            capacity in 1u32..1000, communicators in 1u32..300, programmatic: bool,
+            capacity in 1u32..1000, communicators in 1u32..300,
         ) {
-            let resident = if programmatic && communicators > 1 { 2 * communicators } else { communicators };
-            let share = blocks(capacity, communicators, programmatic);
+            let resident = if communicators == 1 { 2 } else { communicators };
+            let share = blocks(capacity, communicators);
             // More communicators than blocks do not fit in any way.
             prop_assert!(share == 1 || share * resident <= capacity);
         }
 
         #[test]
         fn a_communicator_that_becomes_ready_fits_beside_what_is_under_way(
-            capacity in 10u32..1000, communicators in 2u32..300,
+            capacity in 10u32..1000, communicators in 1u32..300,
         ) {
-            let (old, new) = (blocks(capacity, communicators, false), blocks(capacity, communicators + 1, false));
+            let (old, new) = (blocks(capacity, communicators), blocks(capacity, communicators + 1));
             prop_assert!(new == 1 || communicators * old + new <= capacity);
         }
 

@@ -73,9 +73,9 @@ pub struct Communicator {
 }
 
 impl Communicator {
-    /// Where it stands. One acquire load.
+    /// Where it stands. One load.
     pub fn state(&self) -> State<'_> {
-        match self.state.load(Ordering::Acquire) {
+        match self.state.load(Ordering::SeqCst) {
             READY => self.ready.get().map_or(State::Lost, State::Ready),
             DECLINED => State::Declined,
             LOST => State::Lost,
@@ -127,7 +127,7 @@ impl Communicator {
 
     /// Ends what must not outlive the communicator: a set-up in progress, and its kernels.
     pub fn cancel(&self) {
-        self.cancelled.store(true, Ordering::Release);
+        self.cancelled.store(true, Ordering::SeqCst);
         if let State::Ready(ready) = self.state() {
             ready.abort();
         }
@@ -135,7 +135,7 @@ impl Communicator {
 
     /// Whether the communicator is being aborted: stock NCCL must not be asked about it any more.
     pub fn cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::Acquire)
+        self.cancelled.load(Ordering::SeqCst)
     }
 
     /// The caller has finalized it: what follows is stock NCCL's to refuse.
@@ -152,7 +152,7 @@ impl Communicator {
         }
     }
 
-    /// Whether it takes calls: neither revoked nor finalized nor suspended.
+    /// Whether it takes calls: neither aborted nor revoked nor finalized nor suspended.
     pub fn takes_calls(&self, ready: &Ready) -> bool {
         self.refusing.load(Ordering::Relaxed) == 0 && !ready.aborted()
     }
@@ -212,7 +212,11 @@ impl Communicator {
             }
         };
         self.counters.stands(standing, reason);
-        self.state.store(state, Ordering::Release);
+        // Before `cancelled` is asked, as an abort sets that before it asks for the state: one of the two sees the other.
+        self.state.store(state, Ordering::SeqCst);
+        if let (State::Ready(ready), true) = (self.state(), self.cancelled()) {
+            ready.abort();
+        }
         outcome.map(|_| ())
     }
 }

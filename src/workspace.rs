@@ -145,6 +145,7 @@ impl Workspace {
             ranks: agreement.ranks,
             op: 0,
             type_: 0,
+            trigger: 0,
         }
     }
 }

@@ -84,6 +84,46 @@ fn an_abort_from_another_thread_ends_a_replay_that_spins_and_the_graph_can_go_la
 }
 
 #[test]
+fn a_routed_call_that_could_not_be_launched_makes_every_later_call_an_error() {
+    let before = Job::new(Topology::one_host(2), "init; allreduce count=10; destroy").run();
+    let stats = before.session.stats(before.outcomes[0].pid).expect("stats of a rank");
+    // Once, at the next call: the launch itself, and the event behind it.
+    for call in ["cuLaunchKernelEx", "cuEventRecord"] {
+        let rule = format!("rank=0,call={call},nth={},code=999", stats.calls(call) + 1);
+        let program = "init; allreduce count=10; expect_error; allreduce count=20; expect_error; allreduce count=30; \
+            barrier; abort; init; allreduce count=40 path=routed; destroy; release";
+        let other = program.replace("expect_error; allreduce count=20;", "allreduce count=20;");
+        let job =
+            Job::new(Topology::one_host(2), program).env("TWOSHOT_SIM_FAULTS", rule).env("TWOSHOT_TIMEOUT_MS", 400);
+        // The event's kernel ran; the peer learns of it at the call that this rank does not make any more.
+        let report = if call == "cuEventRecord" { job.rank_program(1, &other) } else { job }.run();
+        expect_released(&report, &[0, 1]);
+        let line = fault_line(&report, 0);
+        assert!(line.contains("a launch of 20 elements that failed"), "{line}");
+    }
+}
+
+#[test]
+fn an_abort_at_any_moment_of_a_set_up_or_behind_it_returns_and_leaves_no_window() {
+    for ms in [0, 1, 2, 3, 4, 6, 8, 10, 13, 17, 22, 30] {
+        let program = format!(
+            "init; barrier; abort_in ms={ms} on=0; expect_error; allreduce count=900 reps=40; forget on=0; \
+             abort on=1,2; init; allreduce count=10 path=routed; destroy; release"
+        );
+        let report = Job::new(Topology::one_host(3), &program).env("TWOSHOT_TIMEOUT_MS", 1500).run();
+        for outcome in &report.outcomes {
+            assert!(outcome.succeeded(), "{outcome}");
+            // What stock NCCL's kernel may still work on stays, where it was cut off in the ranks' exchange.
+            let stats = report.session.stats(outcome.pid).expect("stats of a rank");
+            stats.assert_nothing_live_but(&["host_allocations", "streams"]);
+            assert!(stats.live("host_allocations").max(stats.live("streams")) <= 1, "{outcome}");
+        }
+        let took = field(lines_of(&report.outcomes[0], "aborted")[0], "ms");
+        assert!(took < 5000.0, "abort took {took} ms: {}", report.outcomes[0]);
+    }
+}
+
+#[test]
 fn a_revoke_from_another_thread_frees_the_spinning_kernel_and_abort_ends_the_communicator() {
     let program = "init; allreduce count=1000 reps=2; abort_in how=revoke ms=200 on=0; expect_error; allreduce count=700 on=0; \
         join on=0; barrier; abort; init; allreduce count=10; destroy; release";

@@ -80,12 +80,46 @@ fn communicators_that_are_new_in_one_group_are_set_up_whatever_their_order() {
 }
 
 #[test]
-fn a_send_before_the_first_collective_of_a_group_leaves_that_group_to_stock() {
+fn a_send_before_the_first_collective_of_a_group_changes_nothing() {
     let program = "init; group_start; collective name=sendrecv count=20; allreduce count=100; group_end; \
         allreduce count=50; group_start; collective name=sendrecv count=20; allreduce count=100; group_end; destroy";
     let report = Job::new(Topology::one_host(3), program).run();
-    report.expect_on();
-    expect_counts(&report, 2, 1);
+    report.expect_success().expect_on();
+    expect_counts(&report, 3, 0);
+}
+
+/// NCCL asks for the same collectives on all ranks, and for nothing of the kind where it is about send and receive.
+#[test]
+fn ranks_that_send_receive_or_do_neither_around_an_allreduce_of_a_group_come_to_one_route() {
+    let sum = |call: u32| format!("allreduce count=100 call={call}");
+    let (send, receive) =
+        ("collective name=send count=70000 root=1 call=7", "collective name=recv count=70000 root=0 call=7");
+    for first in [true, false] {
+        let group = |call: u32, other: &str| match (other, first) {
+            ("", _) => format!("group_start; {}; group_end", sum(call)),
+            (other, true) => format!("group_start; {other}; {}; group_end", sum(call)),
+            (other, false) => format!("group_start; {}; {other}; group_end", sum(call)),
+        };
+        let program =
+            |other: &str| format!("init; {}; {}; {}; destroy; release", group(11, other), sum(12), group(13, other));
+        let report = Job::new(Topology::one_host(3), &program(""))
+            .rank_program(0, &program(send))
+            .rank_program(1, &program(receive))
+            .run();
+        report.expect_success().expect_on().expect_nothing_live();
+        expect_counts(&report, 3, 0);
+    }
+}
+
+#[test]
+fn a_communicator_of_sends_and_receives_alone_is_never_set_up() {
+    let program =
+        "init; repeat n=3; group_start; collective name=sendrecv count=20; group_end; end; barrier; destroy; release";
+    let report = Job::new(Topology::one_host(3), program).run();
+    report.expect_success().expect_nothing_live();
+    for rank in 0..3 {
+        assert!(!report.lines(rank).iter().any(|line| line.contains("/3: O")), "{:?}", report.lines(rank));
+    }
 }
 
 #[test]

@@ -173,7 +173,7 @@ fn a_rank_that_is_late_to_connect_is_given_up_in_time() {
 
 #[test]
 fn a_killed_rank_becomes_an_error_of_nccls_and_an_abort_releases_everything() {
-    let program = "init; allreduce count=1000 reps=4; kill_self on=1; expect_error; allreduce count=1000 on=0,2; \
+    let program = "init; allreduce count=1000 reps=4; barrier; kill_self on=1; expect_error; allreduce count=1000 on=0,2; \
                    abort on=0,2";
     let report = job(Topology::fabric(3, 1), program).env("TWOSHOT_TIMEOUT_MS", 500).run();
     assert_eq!(report.outcomes[1].end, End::Signal(9));

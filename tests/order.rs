@@ -97,6 +97,28 @@ fn stock_nccl_is_asked_for_its_order_once_and_only_where_streams_change() {
     }
 }
 
+/// As a real driver's may, a stream's handle comes again for the next one, and its work goes on without it.
+#[test]
+fn a_stream_with_the_handle_of_one_that_was_destroyed_with_work_on_it_is_another_stream() {
+    let call = |other: &str| format!("stream i=1; {other}; drop_stream");
+    let (small, large) = (call("allreduce count=300"), call("allreduce count=9000 dtype=bf16"));
+    let gather = call("collective name=allgather count=40");
+    let program = format!(
+        "init; allreduce count=10; repeat n=12; hold; {small}; {large}; {gather}; {large}; {gather}; {small}; \
+         allreduce count=20; flush; end; destroy; release"
+    );
+    let report = Job::new(Topology::one_host(3), &program)
+        .env("TWOSHOT_SIM_REUSE_STREAMS", 1)
+        .env("TWOSHOT_SIM_SHUFFLE", 1)
+        .env("TWOSHOT_SIM_SEED", 3)
+        .env("TWOSHOT_SIM_DELAY_US", 2000)
+        .run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for outcome in &report.outcomes {
+        assert_eq!((routed(outcome), stock_runs(outcome)), (1 + 12 * 5, 0), "{outcome}");
+    }
+}
+
 /// Three communicators that overlap, three streams, ranks that are late at random, routed and stock calls of all types.
 #[test]
 fn three_overlapping_communicators_on_three_streams_stay_right_under_random_delays() {

@@ -120,7 +120,7 @@ fn multicast_address_is_followed_through_arithmetic_and_selection() {
     let body = |last: &str| {
         format!(
             ".visible .entry k_mc(\n.param .b8 k_mc_param_0[80]\n)\n{{\n\
-             mov.b64 %rd1, k_mc_param_0;\ngriddepcontrol.wait;\ngriddepcontrol.launch_dependents;\n\
+             mov.b64 %rd1, k_mc_param_0;\ngriddepcontrol.wait;\n@%p0 griddepcontrol.launch_dependents;\n\
              mov.u64 %rd2, %rd1;\nld.param.u64 %rd3, [%rd2+40];\nld.param.u64 %rd4, [k_mc_param_0+24];\n\
              cvta.to.global.u64 %rd5, %rd3;\nshl.b64 %rd6, %rd7, 4;\nmad.lo.s64 %rd8, %rd6, 2, %rd5;\n\
              mov.u64 %rd9, %rd4;\nselp.b64 %rd10, %rd8, %rd9, %p1;\n{last}\nret;\n}}\n"
@@ -190,8 +190,10 @@ fn cached_read_of_the_payload_is_found() {
 
 #[test]
 fn access_before_the_previous_launch_ended_is_found() {
-    plant(UC, "griddepcontrol.launch_dependents;", "", Rule::Boundary);
+    plant(UC, "@p griddepcontrol.launch_dependents;", "griddepcontrol.launch_dependents;", Rule::Boundary);
     let clean = kernel(&shipped("90"), UC);
+    let without = clean.replace("@p griddepcontrol.launch_dependents;", "");
+    assert!(lint(&without).iter().any(|found| found.rule == Rule::Boundary));
     let waits: Vec<usize> = clean.match_indices("griddepcontrol.wait;").map(|(at, _)| at).collect();
     assert!(waits.len() > 1, "one wait on the path of aligned buffers, one on the other");
     for at in waits {

@@ -85,7 +85,7 @@ fn passing(stock: &'static Stock, comm: Comm, stream: Stream, call: impl FnOnce(
     let communicator = comm::find(comm as usize);
     let queue = RawStream(stream as usize);
     if group::open() {
-        return group::pass(&communicator, (comm, queue), true, call);
+        return group::pass(stock, &communicator, (comm, queue), true, call);
     }
     match set_up(stock, &communicator, comm, queue) {
         Ok(()) => in_order(&communicator, queue, call),
@@ -238,8 +238,12 @@ fn failed(error: &crate::error::Error) -> Code {
 
 /// The code of a fault that a kernel reported.
 pub(super) fn fault_code(kind: u32) -> Code {
-    // Two overlapping launches of one communicator are the caller's doing; all else is a peer's.
-    if kind == 3 { code::USAGE } else { code::REMOTE }
+    // Two overlapping launches of one communicator are the caller's doing, a failed one this rank's; all else is a peer's.
+    match kind {
+        3 => code::USAGE,
+        4 => code::CUDA,
+        _ => code::REMOTE,
+    }
 }
 
 /// # Safety

@@ -4,8 +4,9 @@
 //! **Order.** Routed calls that come before anything stock NCCL got in this group are launched before stock's own end
 //! of the group, all others behind it, so that what a stream sees is the order of the calls as far as a group has one.
 //! NCCL wants the same collectives of a communicator in a group on every rank, so every rank arrives at the same order.
+//! Send and receive are no part of that order: which of them a rank has, and where, is its own matter.
 //!
-//! **Set-up.** The first collective of a new communicator is held back, with all that follows on that communicator.
+//! **Set-up.** Where a communicator is new, its calls are held back: its first collective may come in this group.
 //! At the end of the group every such communicator is set up, each on a thread of its own: a program whose one thread
 //! drives all GPUs has all ranks in the group, and none of them can be set up alone. On those threads no group is open,
 //! so the exchange through stock NCCL runs at once. Then the held calls are made.
@@ -37,6 +38,7 @@ struct Held {
     stream: RawStream,
     /// Stock NCCL had nothing of this group before it.
     early: bool,
+    collective: bool,
     call: Box<dyn FnOnce() -> Code>,
 }
 
@@ -45,6 +47,8 @@ struct Touched {
     communicator: Arc<Communicator>,
     comm: Comm,
     stream: RawStream,
+    /// A collective is among them.
+    collective: bool,
 }
 
 #[derive(Default)]
@@ -67,6 +71,11 @@ struct Group {
 impl Group {
     fn touches(&self, comm: Comm) -> bool {
         self.touched.iter().any(|touched| touched.comm == comm)
+    }
+
+    /// Whether stock NCCL has a collective of this communicator, or of any.
+    fn has_collective(&self, comm: Option<Comm>) -> bool {
+        self.touched.iter().any(|touched| touched.collective && comm.is_none_or(|comm| comm == touched.comm))
     }
 }
 
@@ -91,29 +100,46 @@ fn with<T>(otherwise: T, work: impl FnOnce(&mut Group) -> T) -> T {
 }
 
 /// Whether a call on this communicator has to wait until the end of the group: something on it waits already, or it is
-/// a collective and the communicator's first.
-fn waits(communicator: &Communicator, comm: Comm, stream: RawStream, collective: bool) -> bool {
+/// new and its set-up may come at this end. Stock NCCL must have nothing of it then: the exchange would start it.
+fn waits(communicator: &Communicator, comm: Comm, stream: RawStream) -> bool {
     let (held, touched) =
         with((false, true), |group| (group.held.iter().any(|held| held.comm == comm), group.touches(comm)));
-    // What stock NCCL already has of the communicator would be started by the exchange.
-    held || (collective && !touched && matches!(communicator.state(), State::New) && !capturing(stream))
+    held || (!touched && matches!(communicator.state(), State::New) && !capturing(stream))
 }
 
-fn hold(communicator: &Arc<Communicator>, comm: Comm, stream: RawStream, call: Box<dyn FnOnce() -> Code>) -> Code {
+fn hold(
+    communicator: &Arc<Communicator>,
+    (comm, stream): (Comm, RawStream),
+    collective: bool,
+    call: Box<dyn FnOnce() -> Code>,
+) -> Code {
     let communicator = Arc::clone(communicator);
     with((), |group| {
-        let early = group.touched.is_empty();
-        group.held.push(Held { communicator, comm, stream, early, call });
+        let early = !group.has_collective(None);
+        group.held.push(Held { communicator, comm, stream, early, collective, call });
     });
     code::SUCCESS
 }
 
 /// Hands a call of this group to stock NCCL.
-fn forward(communicator: &Arc<Communicator>, (comm, stream): (Comm, RawStream), call: impl FnOnce() -> Code) -> Code {
+fn forward(
+    stock: &Stock,
+    communicator: &Arc<Communicator>,
+    (comm, stream): (Comm, RawStream),
+    collective: bool,
+    call: impl FnOnce() -> Code,
+) -> Code {
+    // Later it could not be asked any more; and what it has of this group is on streams that live.
+    if !with(false, |group| group.touches(comm))
+        && let Err(code) = behind_earlier_stock_in_group(stock, communicator, comm, stream)
+    {
+        return code;
+    }
     let result = call();
     with((), |group| {
-        if !group.touched.iter().any(|touched| (touched.comm, touched.stream) == (comm, stream)) {
-            group.touched.push(Touched { communicator: Arc::clone(communicator), comm, stream });
+        match group.touched.iter_mut().find(|touched| (touched.comm, touched.stream) == (comm, stream)) {
+            Some(touched) => touched.collective |= collective,
+            None => group.touched.push(Touched { communicator: Arc::clone(communicator), comm, stream, collective }),
         }
         group.refused |= result != code::SUCCESS && result != code::IN_PROGRESS;
     });
@@ -122,24 +148,27 @@ fn forward(communicator: &Arc<Communicator>, (comm, stream): (Comm, RawStream), 
 
 /// A call inside a group that is stock NCCL's whatever happens.
 pub(super) fn pass(
+    stock: &'static Stock,
     communicator: &Arc<Communicator>,
     (comm, stream): (Comm, RawStream),
     collective: bool,
     call: impl FnOnce() -> Code + 'static,
 ) -> Code {
-    if waits(communicator, comm, stream, collective) {
+    if waits(communicator, comm, stream) {
         let own = Arc::clone(communicator);
-        return hold(communicator, comm, stream, Box::new(move || forward(&own, (comm, stream), call)));
+        let call = Box::new(move || forward(stock, &own, (comm, stream), collective, call));
+        return hold(communicator, (comm, stream), collective, call);
     }
-    forward(communicator, (comm, stream), call)
+    forward(stock, communicator, (comm, stream), collective, call)
 }
 
 /// An AllReduce inside a group.
 pub(super) fn all_reduce(stock: &'static Stock, communicator: Arc<Communicator>, arguments: Arguments) -> Code {
     let stream = RawStream(arguments.stream as usize);
-    if waits(&communicator, arguments.comm, stream, true) {
+    if waits(&communicator, arguments.comm, stream) {
         let own = Arc::clone(&communicator);
-        return hold(&communicator, arguments.comm, stream, Box::new(move || queue(stock, own, arguments)));
+        let call = Box::new(move || queue(stock, own, arguments));
+        return hold(&communicator, (arguments.comm, stream), true, call);
     }
     queue(stock, communicator, arguments)
 }
@@ -158,7 +187,7 @@ fn queue(stock: &Stock, communicator: Arc<Communicator>, arguments: Arguments) -
             let routed = Routed { communicator, plan, arguments };
             with((), |group| {
                 // Stock NCCL starts a non-blocking communicator's group in its own time: nothing can be put behind it.
-                let early = group.touched.is_empty() || (group.early && !group.touches(arguments.comm));
+                let early = !group.has_collective(None) || (group.early && !group.has_collective(Some(arguments.comm)));
                 let behind = behind_stock && !early;
                 if behind { &mut group.behind } else { &mut group.before }.push(routed);
             });
@@ -166,7 +195,7 @@ fn queue(stock: &Stock, communicator: Arc<Communicator>, arguments: Arguments) -
         }
         Placement::Stock => {
             let stream = RawStream(arguments.stream as usize);
-            forward(&communicator, (arguments.comm, stream), || arguments.to_stock(stock))
+            forward(stock, &communicator, (arguments.comm, stream), true, || arguments.to_stock(stock))
         }
         Placement::Failed(failed) => failed,
     }
@@ -175,7 +204,7 @@ fn queue(stock: &Stock, communicator: Arc<Communicator>, arguments: Arguments) -
 /// Sets up the communicators that calls are held for. The first code that is no success is the group's.
 fn set_up_held(stock: &'static Stock, held: &[Held]) -> Code {
     let mut firsts: Vec<&Held> = Vec::new();
-    for one in held {
+    for one in held.iter().filter(|one| one.collective) {
         if !firsts.iter().any(|first| first.comm == one.comm) {
             firsts.push(one);
         }
@@ -208,8 +237,8 @@ fn set_up_held(stock: &'static Stock, held: &[Held]) -> Code {
     result
 }
 
-fn launch(routed: Vec<Routed>, result: &mut Code) {
-    for Routed { communicator, plan, arguments } in routed {
+fn launch(routed: &mut Vec<Routed>, result: &mut Code) {
+    for Routed { communicator, plan, arguments } in routed.drain(..) {
         let launched = fault_or_launch(&communicator, plan, &arguments);
         if *result == code::SUCCESS {
             *result = launched;
@@ -235,12 +264,25 @@ fn end(stock: &'static Stock) -> Code {
             unsafe { (stock.nccl.red_op_destroy)(op, comm) };
         }
     }
-    let Group { before, behind, touched, refused, .. } = with(Group::default(), std::mem::take);
+    let mut group = with(Group::default(), std::mem::take);
+    let result = run(stock, &mut group, ours);
+    // Its memory serves the next group.
+    group.touched.clear();
+    (group.early, group.refused) = (false, false);
+    with((), |idle| *idle = group);
+    result
+}
+
+/// What the group has: ours, stock NCCL's, and ours behind it.
+fn run(stock: &'static Stock, group: &mut Group, mut ours: Code) -> Code {
+    let Group { before, behind, touched, refused, .. } = group;
     // What stock NCCL refuses as a whole is refused as a whole.
-    if !refused {
-        launch(before, &mut ours);
+    if *refused {
+        before.clear();
+        behind.clear();
     }
-    for Touched { communicator, stream, .. } in &touched {
+    launch(before, &mut ours);
+    for Touched { communicator, stream, .. } in touched.iter() {
         if let (code::SUCCESS, Err(failed)) = (ours, before_stock(communicator, *stream)) {
             ours = failed;
         }
@@ -249,16 +291,15 @@ fn end(stock: &'static Stock) -> Code {
     // SAFETY: takes nothing.
     let result = inside(|nccl| unsafe { (nccl.group_end)() }, stock);
     if result != code::SUCCESS && result != code::IN_PROGRESS {
+        behind.clear();
         return result;
     }
-    for Touched { communicator, stream, .. } in &touched {
+    for Touched { communicator, stream, .. } in touched.iter() {
         if let (code::SUCCESS, Err(failed)) = (ours, behind_stock(communicator, *stream)) {
             ours = failed;
         }
     }
-    if !refused {
-        launch(behind, &mut ours);
-    }
+    launch(behind, &mut ours);
     if ours == code::SUCCESS { result } else { ours }
 }
 
@@ -376,7 +417,7 @@ macro_rules! point_to_point {
                         }
                         let stream = RawStream(stream as usize);
                         if open() {
-                            return pass(&crate::comm::find(comm as usize), (comm, stream), false, call);
+                            return pass(stock, &crate::comm::find(comm as usize), (comm, stream), false, call);
                         }
                         match crate::comm::known(comm as usize) {
                             Some(communicator) => in_order(&communicator, stream, call),

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::{Code, code, inside};
 use crate::comm::{Communicator, Ready, State};
 use crate::config::Config;
-use crate::driver::{RawStream, capturing};
+use crate::driver::RawStream;
 use crate::intercept::{Comm, Functions, Stock};
 use crate::warning;
 
@@ -28,7 +28,7 @@ pub(super) fn behind_earlier_stock(
     stream: RawStream,
 ) -> Result<(), Code> {
     let State::Ready(ready) = communicator.state() else { return Ok(()) };
-    if !ready.behind_unmarked(stream) || capturing(stream) {
+    if !ready.behind_unmarked(stream) {
         return Ok(());
     }
     let result = inside(|nccl| send_to_itself(nccl, ready, comm, stream), stock);

@@ -11,8 +11,8 @@ use parking_lot::Mutex;
 use crate::budget::{Memory, blocks};
 use crate::config::Config;
 use crate::driver::{
-    Args, Context, Event, Fault, Kernels, Launch, RawStream, bury, capture_of, dependent_launch, nvtx, order_behind,
-    reap, retain_for_graph, with_relaxed_capture,
+    Args, Capture, Context, ControlPage, Event, Fault, Kernels, Launch, RawStream, bury, capture_of, dependent_launch,
+    nvtx, order_behind, reap, retain_for_graph, stream_number, with_relaxed_capture,
 };
 use crate::error::Result;
 use crate::layout::{Algorithm, HEADER, SPARE};
@@ -51,26 +51,65 @@ struct Captured {
     node: Option<usize>,
 }
 
+/// A stream that work was queued on. A handle can come again for another stream once its own is destroyed, with work of
+/// its own still to run; the driver's number for it cannot.
+#[derive(Clone, Copy, Eq, PartialEq)]
+struct Lane {
+    stream: RawStream,
+    number: u64,
+}
+
+impl Lane {
+    fn of(context: &Context, stream: RawStream) -> Self {
+        Self { stream, number: stream_number(context, stream) }
+    }
+
+    /// Whether work on both is in order by itself. The per-thread stream is another one on every thread.
+    fn same(self, other: Self) -> bool {
+        self == other && self.stream != RawStream::PER_THREAD
+    }
+}
+
+/// Programmatic dependent launch in a call. A launch may always become resident where its predecessor lets it, since it
+/// waits there; stock NCCL never lets a successor in, so the program's kernels behind ours need not wait.
+#[derive(Clone, Copy)]
+struct Overlap {
+    /// The first launch may start early.
+    first: bool,
+    /// The others may.
+    others: bool,
+    /// The launches of the call let each other in.
+    within: bool,
+    /// The last one lets in what comes behind the call.
+    behind: bool,
+}
+
 /// Where the last operations went, ours and stock NCCL's, so that the next one is ordered behind them.
 #[derive(Default)]
 struct Order {
-    eager: Option<RawStream>,
+    eager: Option<Lane>,
     /// Operations have been on more than one stream: from then on stock NCCL's are marked too.
     several: bool,
     captured: Option<Captured>,
     retained: Option<u64>,
 }
 
-/// Communicators that are ready, by device. With more than two, none uses programmatic launches any more: a launch that
-/// waits behind another holds multiprocessors that a third communicator's peers may be waiting for.
+impl Order {
+    /// The node of the last operation in this capture, where it is not on this stream.
+    fn node_elsewhere(&self, capture: &Capture, stream: RawStream) -> Option<usize> {
+        let last = self.captured.filter(|last| last.id == capture.id)?;
+        let elsewhere = last.stream != stream || (stream == RawStream::PER_THREAD && last.node != capture.node);
+        last.node.filter(|_| elsewhere)
+    }
+}
+
+/// Communicators that are ready, by device. With more than one, no launch lets its successor in any more: what waits
+/// behind a launch holds multiprocessors that a kernel of the other communicator may be waiting for.
 static READY: [AtomicU32; 64] = [const { AtomicU32::new(0) }; 64];
 
 fn ready_on(context: &Context) -> &'static AtomicU32 {
     &READY[context.device().ordinal().unsigned_abs() as usize % READY.len()]
 }
-
-/// Most ready communicators of a device for programmatic launches.
-const PROGRAMMATIC: u32 = 2;
 
 /// Ready communicators of the process, graphs' and forgotten ones included, and those of them that were aborted.
 static LIVING: AtomicU32 = AtomicU32::new(0);
@@ -108,7 +147,10 @@ pub struct Ready {
     args: Args,
     agreement: Agreement,
     world: World,
-    dependent: bool,
+    /// The driver has programmatic launches.
+    programmatic: bool,
+    /// What comes behind a call waits for it, says the user.
+    open: bool,
     laid_aside: AtomicBool,
     order: Mutex<Order>,
     /// The last eager operation was stock NCCL's, and `last` was not recorded behind it. Changes under `order`.
@@ -116,8 +158,7 @@ pub struct Ready {
     last: Event,
     // Dropped in this order: kernels before the memory they work on.
     kernels: Kernels,
-    workspace: Workspace,
-    _memory: Memory,
+    workspace: Arc<(Workspace, Memory)>,
     context: Arc<Context>,
     /// Blocks of the largest size that the device holds at once.
     capacity: u32,
@@ -134,14 +175,14 @@ impl Ready {
             args: workspace.args(&agreement, rank, timeout_ns),
             agreement,
             world,
-            dependent: dependent_launch(),
+            programmatic: dependent_launch(),
+            open: config.pdl,
             laid_aside: AtomicBool::new(false),
             order: Mutex::default(),
             unmarked: AtomicBool::new(false),
             last,
             kernels,
-            workspace,
-            _memory: memory,
+            workspace: Arc::new((workspace, memory)),
             context,
             capacity,
         }
@@ -169,100 +210,109 @@ impl Ready {
 
     /// What a kernel reported, if one did.
     pub fn fault(&self) -> Option<Fault> {
-        self.workspace.page.fault()
+        self.page().fault()
+    }
+
+    fn page(&self) -> &ControlPage {
+        &self.workspace.0.page
     }
 
     /// Queues one call. The operations of a communicator run in issue order: on another stream than the last one's,
-    /// eagerly behind its event, captured behind its node.
+    /// eagerly behind its event, captured behind its node. Where that fails the peers may have queued theirs, and what
+    /// this rank queued next would be taken for it: it is a fault of the communicator.
     pub fn launch(self: &Arc<Self>, plan: Plan, buffers: Buffers) -> Result<()> {
+        self.launch_or_fail(plan, buffers).inspect_err(|_| self.page().refused(buffers.count))
+    }
+
+    fn launch_or_fail(self: &Arc<Self>, plan: Plan, buffers: Buffers) -> Result<()> {
         let stream = buffers.stream;
         let _range = nvtx::range(range_name(plan.algorithm));
         let _entered = self.context.enter()?;
         let communicators = ready_on(&self.context).load(Ordering::Relaxed);
-        let mut dependent = self.dependent && communicators <= PROGRAMMATIC;
-        let plan = shared(plan, blocks(self.capacity, communicators, dependent));
+        let plan = shared(plan, blocks(self.capacity, communicators));
+        let within = self.programmatic && communicators <= 1;
+        let (first, others, behind) = (self.programmatic, self.programmatic, within && self.open);
+        let mut overlap = Overlap { first, others, within, behind };
         let mut order = self.order.lock();
         let Some(capture) = capture_of(&self.context, stream) else {
-            self.behind_last(&mut order, stream)?;
-            self.queue(plan, dependent, buffers)?;
-            order.eager = Some(stream);
+            let lane = Lane::of(&self.context, stream);
+            self.behind_last(&mut order, lane)?;
+            self.queue(plan, overlap, buffers)?;
+            order.eager = Some(lane);
             self.unmarked.store(false, Ordering::Relaxed);
             // Recorded now, not when the stream changes: by then the caller may have destroyed this one.
             return self.last.record(stream);
         };
-        if let Some(last) = order.captured.filter(|last| last.id == capture.id && last.stream != stream)
-            && let Some(node) = last.node
-        {
+        if let Some(node) = order.node_elsewhere(&capture, stream) {
             order_behind(&self.context, stream, node)?;
             // Programmatic edges exist between two kernels only; this one now has two predecessors.
-            dependent = false;
+            overlap.first = false;
         }
-        self.queue(plan, dependent, buffers)?;
+        // First: a graph that cannot keep the memory must not have the kernel.
         if order.retained != Some(capture.id) {
             retain_for_graph(&self.context, &capture, Arc::clone(self) as _)?;
             order.retained = Some(capture.id);
         }
+        self.queue(plan, overlap, buffers)?;
         let node = capture_of(&self.context, stream).and_then(|capture| capture.node);
         order.captured = Some(Captured { id: capture.id, stream, node });
         Ok(())
     }
 
     /// The launches of one call.
-    fn queue(&self, plan: Plan, dependent: bool, buffers: Buffers) -> Result<()> {
+    fn queue(&self, plan: Plan, overlap: Overlap, buffers: Buffers) -> Result<()> {
         let Buffers { input, output, count, stream } = buffers;
-        let launch = Launch { kernels: &self.kernels, plan, dependent };
         let element = plan.dtype.size().unwrap_or(0);
         let mut done = 0;
         while done < count {
             let next = plan.piece.min(count - done);
             let moved = done * element;
             let args = Args { in_: input + moved, out: output + moved, count: next, ..self.args };
-            launch.on(stream, &args)?;
+            let dependent = if done == 0 { overlap.first } else { overlap.others };
             done += next;
+            let trigger = if done == count { overlap.behind } else { overlap.within };
+            Launch { kernels: &self.kernels, plan, dependent, trigger }.on(stream, &args)?;
         }
         Ok(())
     }
 
     /// Lets a stream wait for the last eager operation, if that was on another one.
-    fn behind_last(&self, order: &mut Order, stream: RawStream) -> Result<()> {
-        let Some(last) = order.eager.filter(|last| *last != stream || stream == RawStream::PER_THREAD) else {
-            return Ok(());
-        };
+    fn behind_last(&self, order: &mut Order, lane: Lane) -> Result<()> {
+        let Some(last) = order.eager.filter(|last| !last.same(lane)) else { return Ok(()) };
         order.several = true;
         if self.unmarked.swap(false, Ordering::Relaxed) {
             // A default stream, or one of the group that is ending: both live.
-            self.last.record(last)?;
+            self.last.record(last.stream)?;
         }
-        self.last.hold(stream)
+        self.last.hold(lane.stream)
     }
 
     /// Before stock NCCL queues an operation of this communicator: it runs behind ours that were issued before it.
     pub fn before_stock(&self, stream: RawStream) -> Result<()> {
         let mut order = self.order.lock();
-        let foreign = order.eager.is_some_and(|last| last != stream || stream == RawStream::PER_THREAD);
-        if !foreign && order.captured.is_none() {
+        if let Some(capture) = capture_of(&self.context, stream) {
+            let Some(node) = order.node_elsewhere(&capture, stream) else { return Ok(()) };
+            let _entered = self.context.enter()?;
+            return order_behind(&self.context, stream, node);
+        }
+        let lane = Lane::of(&self.context, stream);
+        // Stock NCCL keeps its own operations in order.
+        if self.unmarked.load(Ordering::Relaxed) || order.eager.is_none_or(|last| last.same(lane)) {
             return Ok(());
         }
         let _entered = self.context.enter()?;
-        let Some(capture) = capture_of(&self.context, stream) else {
-            // Stock NCCL keeps its own operations in order.
-            let own = self.unmarked.load(Ordering::Relaxed);
-            return if own { Ok(()) } else { self.behind_last(&mut order, stream) };
-        };
-        match order.captured.filter(|last| last.id == capture.id && last.stream != stream).and_then(|last| last.node) {
-            Some(node) => order_behind(&self.context, stream, node),
-            None => Ok(()),
-        }
+        self.behind_last(&mut order, lane)
     }
 
     /// Whether the last operation was stock NCCL's, on another stream, and left no mark: before a routed call, stock NCCL
     /// has to set one on this stream then (`abi::order`). From now on all are marked.
     pub fn behind_unmarked(&self, stream: RawStream) -> bool {
-        if !self.unmarked.load(Ordering::Relaxed) {
+        if !self.unmarked.load(Ordering::Relaxed) || capture_of(&self.context, stream).is_some() {
             return false;
         }
         let mut order = self.order.lock();
-        let elsewhere = order.eager.is_some_and(|last| last != stream && !last.is_default());
+        let lane = Lane::of(&self.context, stream);
+        let elsewhere = order.eager.is_some_and(|last| !last.same(lane) && !last.stream.is_default());
         order.several |= elsewhere;
         elsewhere
     }
@@ -283,7 +333,7 @@ impl Ready {
             order.captured = Some(Captured { id: capture.id, stream, node: capture.node });
             return Ok(());
         }
-        order.eager = Some(stream);
+        order.eager = Some(Lane::of(&self.context, stream));
         // The per-thread stream is another one on every thread: it can only be marked here.
         let unmarked = !order.several && stream != RawStream::PER_THREAD;
         self.unmarked.store(unmarked, Ordering::Relaxed);
@@ -296,12 +346,12 @@ impl Ready {
 
     /// Tells every kernel of this communicator, running or to come, to leave.
     pub fn abort(&self) {
-        self.workspace.page.control().abort.store(1, Ordering::Release);
+        self.page().control().abort.store(1, Ordering::Release);
     }
 
     /// Whether the communicator was aborted.
     pub fn aborted(&self) -> bool {
-        self.workspace.page.control().abort.load(Ordering::Relaxed) != 0
+        self.page().control().abort.load(Ordering::Relaxed) != 0
     }
 
     /// Lets go of a communicator that is being destroyed: waits a bounded time for its last eager call, then drops it.
@@ -345,8 +395,16 @@ fn shared(plan: Plan, most: u32) -> Plan {
     Plan { blocks, threads, ..plan }
 }
 
+/// How long the end of a communicator waits for a kernel that was queued meanwhile.
+const LEAVING: Duration = Duration::from_secs(3);
+
 impl Drop for Ready {
     fn drop(&mut self) {
+        // Another thread may have been launching while the communicator was aborted; its kernel leaves by itself then.
+        if !matches!(with_relaxed_capture(|| self.last.wait(LEAVING)), Ok(true)) {
+            warning!(self.device(), "a kernel does not leave its communicator, whose memory is kept");
+            std::mem::forget(Arc::clone(&self.workspace));
+        }
         ready_on(&self.context).fetch_sub(1, Ordering::Relaxed);
         if *self.laid_aside.get_mut() {
             ABORTED.fetch_sub(1, Ordering::AcqRel);

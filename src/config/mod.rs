@@ -64,6 +64,8 @@ pub struct Config {
     pub net: Option<PathBuf>,
     /// `NCCL_SOCKET_IFNAME`: which interfaces connections between ranks may use.
     pub interfaces: Option<String>,
+    /// `TWOSHOT_PDL`: the program's kernels keep the rules of programmatic dependent launch.
+    pub pdl: bool,
     /// `TWOSHOT_STATS`: where the counters are written.
     pub stats: Option<PathBuf>,
     /// `NVTX_INJECTION64_PATH`: the library of a profiler that wants to know of ranges.
@@ -128,6 +130,7 @@ impl Config {
                 .unwrap_or(default.setup_timeout_ms),
             host_id: string(var, "TWOSHOT_HOST_ID"),
             shared_gpu: switch(var, "TWOSHOT_SHARED_GPU")?.unwrap_or(false),
+            pdl: switch(var, "TWOSHOT_PDL")?.unwrap_or(false),
             net: text(var, "TWOSHOT_NET").map(PathBuf::from),
             interfaces: string(var, "NCCL_SOCKET_IFNAME"),
             stats: text(var, "TWOSHOT_STATS").map(PathBuf::from),
@@ -196,6 +199,7 @@ impl Default for Config {
             setup_timeout_ms: 20_000,
             host_id: None,
             shared_gpu: false,
+            pdl: false,
             net: None,
             interfaces: None,
             stats: None,

@@ -83,6 +83,11 @@ pub const VARIABLES: &[Variable] = &[
         "`1` lets several ranks share one GPU. For tests: ranks that share a GPU take turns and are slow. Must be the same on all ranks.",
     ),
     variable(
+        "TWOSHOT_PDL",
+        "0",
+        "`1` lets the kernel behind a routed call start before the call has ended, by programmatic dependent launch. Only for programs in which every kernel that is launched with that attribute waits for its predecessor (`griddepcontrol.wait`); behind stock NCCL's kernels it need not. Each rank's own matter.",
+    ),
+    variable(
         "TWOSHOT_STATS",
         "(none)",
         "File that gets the counters as JSON, at the end of every communicator and of the process; `%h` and `%p` become host and process.",

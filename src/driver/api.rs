@@ -116,6 +116,7 @@ api! {
     optional {
         cuFuncLoad(CUfunction);
         cuCtxGetId(CUcontext, *mut c_ulonglong);
+        cuStreamGetId(CUstream, *mut c_ulonglong);
         cuStreamGetCaptureInfo_v2(CUstream, *mut CUstreamCaptureStatus, *mut cuuint64_t, *mut CUgraph, *mut *const CUgraphNode, *mut usize);
         cuStreamUpdateCaptureDependencies(CUstream, *mut CUgraphNode, usize, c_uint);
         cuStreamGetCaptureInfo_v3(CUstream, *mut CUstreamCaptureStatus, *mut cuuint64_t, *mut CUgraph, *mut *const CUgraphNode, *mut *const c_void, *mut usize);

@@ -178,8 +178,10 @@ pub struct Launch<'a> {
     pub kernels: &'a Kernels,
     /// Kernel, grid and block.
     pub plan: Plan,
-    /// Programmatic dependent launch: the kernel may become resident while its predecessor drains.
+    /// Programmatic dependent launch: the kernel may become resident before its predecessor has ended, and waits there.
     pub dependent: bool,
+    /// Its successor may, from now on.
+    pub trigger: bool,
 }
 
 impl Launch<'_> {
@@ -202,7 +204,8 @@ impl Launch<'_> {
             attrs: &raw mut attribute,
             numAttrs: u32::from(self.dependent),
         };
-        let args = Args { op: self.plan.op.0 as u32, type_: self.plan.dtype.0 as u32, ..*args };
+        let args =
+            Args { op: self.plan.op.0 as u32, type_: self.plan.dtype.0 as u16, trigger: self.trigger.into(), ..*args };
         let mut parameters = [std::ptr::from_ref(&args).cast_mut().cast::<c_void>()];
         let api = self.kernels.module.context.api();
         let no_extra = std::ptr::null_mut();
@@ -241,7 +244,7 @@ const _: () = {
 /// What a kernel reported before it left its loops.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Fault {
-    /// 1 aborted, 2 deadline, 3 two launches of one communicator overlapped.
+    /// 1 aborted, 2 deadline, 3 two launches of one communicator overlapped, 4 a launch failed.
     pub kind: u32,
     /// Launches of the communicator before this one.
     pub epoch: u32,
@@ -270,6 +273,7 @@ impl std::fmt::Display for Fault {
             1 => "an abort",
             2 => "a missed deadline",
             3 => "two overlapping launches of one communicator (one communicator on two streams at once?)",
+            4 => return write!(f, "a launch of {} elements that failed: the peers may have made it", self.count),
             _ => "an unknown fault",
         };
         let kernel = if self.kernel == 1 { "one-shot" } else { "two-shot" };
@@ -297,6 +301,15 @@ impl ControlPage {
     pub fn control(&self) -> &Control {
         // SAFETY: page-aligned, large enough, lives as long as `self`, and all fields are atomics.
         unsafe { &*self.0.pointer().cast::<Control>() }
+    }
+
+    /// Reports a launch of `count` elements that failed, unless a fault is there already.
+    pub fn refused(&self, count: u64) {
+        let control = self.control();
+        if control.fault.load(Ordering::Acquire) == 0 {
+            control.count.store(count, Ordering::Relaxed);
+            let _ = control.fault.compare_exchange(0, 4, Ordering::Release, Ordering::Relaxed);
+        }
     }
 
     /// The fault a kernel reported, if one did. One relaxed load in the good case.

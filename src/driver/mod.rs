@@ -28,4 +28,4 @@ pub use multicast::{
 };
 pub use nvml::{FabricFacts, FabricState, fabric_facts, fabric_state, gpus, nvlink_between};
 pub use page::{link_of, published};
-pub use stream::{Event, RawStream, Stream, wait_for};
+pub use stream::{Event, RawStream, Stream, stream_number, wait_for};

@@ -27,6 +27,17 @@ impl RawStream {
     }
 }
 
+/// What tells a stream from a later one with its handle; 0 before CUDA 12, where nothing does.
+pub fn stream_number(context: &Context, stream: RawStream) -> u64 {
+    let Some(get) = context.api().cuStreamGetId else { return 0 };
+    let mut number = 0;
+    // SAFETY: the stream is the caller's, live for the duration of the call, and the out-pointer is valid.
+    match unsafe { get(stream.raw(), &mut number) } {
+        0 => number,
+        _ => 0,
+    }
+}
+
 const NOT_READY: i32 = sys::CUDA_ERROR_NOT_READY as i32;
 
 /// Polls until `query` is done: spinning first, for waits of microseconds, then with growing pauses.

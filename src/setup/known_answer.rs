@@ -140,7 +140,7 @@ impl Bench {
         if Instant::now() > budget.last_start {
             return Err(Error::Deadline("the known-answer AllReduce"));
         }
-        Launch { kernels, plan, dependent: false }.on(stream, &args)?;
+        Launch { kernels, plan, dependent: false, trigger: false }.on(stream, &args)?;
         // The kernel leaves after `patience`; a little more for the last store to land.
         if !self.stream.wait(budget.patience + budget.patience / 2)? {
             return Err(Error::Deadline("the known-answer AllReduce"));

@@ -191,32 +191,25 @@ fn boundary(kernel: &Kernel, report: &mut dyn FnMut(Rule, usize, &str)) {
     let memory = |instruction: &Instruction| {
         ["ld", "st", "atom", "red", "multimem"].contains(&instruction.base()) && !instruction.has("param")
     };
-    // A launch that triggers before it has waited lets its successor in, which triggers too: the GPU fills with waiting
-    // blocks, and the kernel that a peer waits for finds no place.
-    let opcodes: Vec<&str> = kernel.instructions.iter().map(|found| found.opcode.as_str()).collect();
-    let (wait, trigger) = ("griddepcontrol.wait", "griddepcontrol.launch_dependents");
-    if !opcodes.contains(&trigger) {
-        report(Rule::Boundary, 0, "launch_dependents is missing");
+    // A kernel that triggers whatever the host says lets a kernel of the program's in that does not wait.
+    let trigger = "griddepcontrol.launch_dependents";
+    for instruction in kernel.instructions.iter().filter(|found| found.opcode == trigger && !found.predicated) {
+        report(Rule::Boundary, instruction.line, "launch_dependents must be the host's choice");
     }
-    for (i, pair) in opcodes.windows(2).enumerate() {
-        if (pair[0] == wait) != (pair[1] == trigger) {
-            report(
-                Rule::Boundary,
-                kernel.instructions[i + 1].line,
-                "launch_dependents must follow griddepcontrol.wait at once",
-            );
-        }
+    if !kernel.instructions.iter().any(|found| found.opcode == trigger) {
+        report(Rule::Boundary, 0, "launch_dependents is missing");
     }
     // On every path, not only in the order of the text: whether the wait lies behind is carried along the branches.
     // None: not reached. Where paths meet, the one without the wait counts.
     type Waited = Option<bool>;
     let meet = |a: Waited, b: Waited| a.into_iter().chain(b).min();
     let mut at_label: HashMap<&str, Waited> = HashMap::new();
-    let mut early = Vec::new();
+    let (mut early, mut eager) = (Vec::new(), Vec::new());
     loop {
         let before = at_label.clone();
         let mut waited = Some(false);
         early.clear();
+        eager.clear();
         for instruction in &kernel.instructions {
             match instruction.opcode.as_str() {
                 label if label.starts_with('$') => {
@@ -234,6 +227,9 @@ fn boundary(kernel: &Kernel, report: &mut dyn FnMut(Rule, usize, &str)) {
                     }
                 }
                 _ if memory(instruction) && waited == Some(false) => early.push(instruction.line),
+                // A launch that triggers before it has waited lets its successor in, which triggers too: the GPU fills
+                // with waiting blocks, and the kernel that a peer waits for finds no place.
+                opcode if opcode == trigger && waited == Some(false) => eager.push(instruction.line),
                 _ => {}
             }
         }
@@ -243,6 +239,9 @@ fn boundary(kernel: &Kernel, report: &mut dyn FnMut(Rule, usize, &str)) {
     }
     for line in early {
         report(Rule::Boundary, line, "memory is touched before griddepcontrol.wait");
+    }
+    for line in eager {
+        report(Rule::Boundary, line, "launch_dependents comes before griddepcontrol.wait");
     }
 }
 

@@ -1,5 +1,5 @@
-// Handle values that are never used twice, so that a stale or foreign handle is
-// refused instead of followed.
+// Handle values that are never used twice, unless that is asked for, so that a
+// stale or foreign handle is refused instead of followed.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,17 @@ namespace twoshot::sim {
 template <class Handle, class Object>
 class Handles {
 public:
-    explicit Handles(uint64_t kind) : first_((kind << 32) + 16), next_(first_) {}
+    explicit Handles(uint64_t kind, bool reuse = false) : first_((kind << 32) + 16), next_(first_), reuse_(reuse) {}
 
     Handle add(std::shared_ptr<Object> object) {
         std::lock_guard<std::mutex> lock(mutex_);
         auto handle = reinterpret_cast<Handle>(next_);
-        next_ += 16;
+        if (free_) {
+            handle = free_;
+            free_ = nullptr;
+        } else {
+            next_ += 16;
+        }
         table_[handle] = std::move(object);
         return handle;
     }
@@ -32,6 +37,7 @@ public:
         if (at == table_.end()) return nullptr;
         auto object = std::move(at->second);
         table_.erase(at);
+        if (reuse_) free_ = handle;
         return object;
     }
 
@@ -49,6 +55,8 @@ public:
 private:
     std::mutex mutex_;
     uint64_t first_, next_;
+    const bool reuse_;
+    Handle free_ = nullptr;  // the last one that was given back
     std::map<Handle, std::shared_ptr<Object>> table_;
 };
 

@@ -96,7 +96,7 @@ Launch plan(const Kernel& kernel, GpuId gpu, unsigned grid, unsigned block) {
 }
 
 CUresult launch(CUfunction handle, const unsigned grid[3], const unsigned block[3], unsigned shared_bytes,
-                CUstream stream_handle, void** params, void** extra, bool cooperative) {
+                CUstream stream_handle, void** params, void** extra, bool cooperative, bool programmatic) {
     auto function = functions().find(handle);
     if (!function) return CUDA_ERROR_INVALID_HANDLE;
     CUcontext context;
@@ -120,7 +120,7 @@ CUresult launch(CUfunction handle, const unsigned grid[3], const unsigned block[
     static const bool told = number("TWOSHOT_SIM_LAUNCHES") != 0;
     if (told) {
         std::string line = std::string("launch ") + kernel.name + " grid " + std::to_string(grid[0]) + " block " +
-                           std::to_string(block[0]) + " words";
+                           std::to_string(block[0]) + (programmatic ? " programmatic" : "") + " words";
         for (uint64_t word : copy) line += " " + std::to_string(word);
         dprintf(2, "%s\n", line.c_str());
     }
@@ -237,18 +237,20 @@ CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int g
                         CUstream stream, void** params, void** extra) {
     SIM_ENTRY(0);
     const unsigned grid[3] = {grid_x, grid_y, grid_z}, block[3] = {block_x, block_y, block_z};
-    return launch(function, grid, block, shared_bytes, stream, params, extra, false);
+    return launch(function, grid, block, shared_bytes, stream, params, extra, false, false);
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** params, void** extra) {
     SIM_ENTRY(0);
     if (!c || (c->numAttrs && !c->attrs)) return CUDA_ERROR_INVALID_VALUE;
-    bool cooperative = false;
+    bool cooperative = false, programmatic = false;
     for (unsigned i = 0; i < c->numAttrs; i++) {
         const CUlaunchAttribute& a = c->attrs[i];
         switch (a.id) {
+        case CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION:  // a hint: starting late is always right
+            programmatic = a.value.programmaticStreamSerializationAllowed != 0;
+            break;
         case CU_LAUNCH_ATTRIBUTE_IGNORE:
-        case CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION:     // a hint: starting late is always right
         case CU_LAUNCH_ATTRIBUTE_PRIORITY:
         case CU_LAUNCH_ATTRIBUTE_MEM_SYNC_DOMAIN:
         case CU_LAUNCH_ATTRIBUTE_NVLINK_UTIL_CENTRIC_SCHEDULING: break;
@@ -257,5 +259,5 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** p
         }
     }
     const unsigned grid[3] = {c->gridDimX, c->gridDimY, c->gridDimZ}, block[3] = {c->blockDimX, c->blockDimY, c->blockDimZ};
-    return launch(function, grid, block, c->sharedMemBytes, c->hStream, params, extra, cooperative);
+    return launch(function, grid, block, c->sharedMemBytes, c->hStream, params, extra, cooperative, programmatic);
 }

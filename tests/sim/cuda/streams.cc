@@ -15,7 +15,8 @@ namespace twoshot::sim {
 namespace {
 
 Handles<CUstream, Stream>& table() {
-    static auto* handles = new Handles<CUstream, Stream>(0x51);
+    // As real handles do, these come again where TWOSHOT_SIM_REUSE_STREAMS asks for it.
+    static auto* handles = new Handles<CUstream, Stream>(0x51, getenv("TWOSHOT_SIM_REUSE_STREAMS") != nullptr);
     return *handles;
 }
 
@@ -245,6 +246,15 @@ CUresult cuStreamQuery(CUstream handle) {
     if (stream->legacy)
         for (auto& other : live_streams(stream->context)) idle = idle && (!other->blocking || other->idle());
     return idle ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+}
+
+CUresult cuStreamGetId(CUstream handle, unsigned long long* id) {
+    SIM_ENTRY(0);
+    if (!id) return CUDA_ERROR_INVALID_VALUE;
+    std::shared_ptr<Stream> stream;
+    if (CUresult r = find_stream(handle, &stream)) return r;
+    *id = stream->number;
+    return CUDA_SUCCESS;
 }
 
 CUresult cuStreamGetCtx(CUstream handle, CUcontext* context) {

@@ -5,6 +5,7 @@
 #include "context.h"
 #include "sim.h"
 
+#include <atomic>
 #include <pthread.h>
 
 #include <condition_variable>
@@ -26,6 +27,7 @@ public:
     const CUcontext context;
     const bool blocking;      // ordered with the legacy stream
     const bool legacy;
+    const uint64_t number = next_number();  // no other stream has had it
 
     // What this stream records while it is captured. Guarded by capture_mutex.
     std::shared_ptr<Capture> capture;
@@ -39,6 +41,10 @@ public:
     void close();             // ends the thread once the queue is empty
 
 private:
+    static uint64_t next_number() {
+        static std::atomic<uint64_t> next{1};
+        return next++;
+    }
     struct Work {
         std::function<void()> run;
         std::vector<std::pair<std::shared_ptr<Stream>, uint64_t>> after;

@@ -33,7 +33,7 @@ namespace {
     ENTRY(cuOccupancyMaxActiveBlocksPerMultiprocessor, 0) ENTRY(cuPointerGetAttribute, 0) \
     ENTRY(cuStreamBeginCapture_v2, 10010) ENTRY(cuStreamCreate, 0) ENTRY(cuStreamCreateWithPriority, 0) \
     ENTRY(cuStreamDestroy_v2, 0) ENTRY(cuStreamEndCapture, 0) ENTRY(cuStreamGetCaptureInfo_v2, 11030) \
-    ENTRY(cuStreamGetCaptureInfo_v3, 12030) ENTRY(cuStreamGetCtx, 0) ENTRY(cuStreamIsCapturing, 0) \
+    ENTRY(cuStreamGetCaptureInfo_v3, 12030) ENTRY(cuStreamGetCtx, 0) ENTRY(cuStreamGetId, 12000) ENTRY(cuStreamIsCapturing, 0) \
     ENTRY(cuStreamQuery, 0) ENTRY(cuStreamSynchronize, 0) ENTRY(cuStreamUpdateCaptureDependencies, 11030) \
     ENTRY(cuStreamUpdateCaptureDependencies_v2, 12030) ENTRY(cuStreamWaitEvent, 0) \
     ENTRY(cuThreadExchangeStreamCaptureMode, 0) ENTRY(cuUserObjectCreate, 0) ENTRY(cuUserObjectRelease, 0)

@@ -65,7 +65,7 @@ inline void host_store(uint64_t address, uint32_t value) {
   __atomic_store_n(host_pointer<uint32_t>(address), value, __ATOMIC_RELAXED);
 }
 
-inline void griddepcontrol_launch_dependents() {}
+inline void griddepcontrol_launch_dependents_if(bool) {}
 inline void griddepcontrol_wait() {}
 
 inline void ld_relaxed_sys_v4_if(Line& line, uint64_t address, bool wanted) {

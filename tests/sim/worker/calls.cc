@@ -28,6 +28,7 @@ size_t out_count(const Call& c) {
   return wide ? c.count * size_t(c.member.ranks) : c.count;
 }
 bool writes(const Call& c) {
+  if (c.coll == Coll::kSend) return false;
   return (c.coll != Coll::kReduce && c.coll != Coll::kGather) || c.member.rank == c.root;
 }
 
@@ -36,7 +37,7 @@ Coll coll_by_name(const std::string& name) {
       {"allreduce", Coll::kAllReduce},         {"reduce", Coll::kReduce},     {"broadcast", Coll::kBroadcast},
       {"bcast", Coll::kBcast},                 {"allgather", Coll::kAllGather}, {"reducescatter", Coll::kReduceScatter},
       {"alltoall", Coll::kAlltoAll},           {"gather", Coll::kGather},     {"scatter", Coll::kScatter},
-      {"sendrecv", Coll::kSendRecv}};
+      {"sendrecv", Coll::kSendRecv},           {"send", Coll::kSend},         {"recv", Coll::kRecv}};
   auto found = names.find(name);
   if (found == names.end()) throw std::runtime_error("unknown collective " + name);
   return found->second;
@@ -227,6 +228,12 @@ ncclResult_t Driver::issue(Call& c) {
     case Coll::kScatter:
       result = call::ncclScatter(pointer(in), pointer(out), c.count, c.type, c.root, comm, stream);
       break;
+    case Coll::kSend:
+      result = call::ncclSend(pointer(in), c.count, c.type, c.root, comm, stream);
+      break;
+    case Coll::kRecv:
+      result = call::ncclRecv(pointer(out), c.count, c.type, c.root, comm, stream);
+      break;
     case Coll::kSendRecv: {
       int next = (c.member.rank + 1) % c.member.ranks;
       int previous = (c.member.rank + c.member.ranks - 1) % c.member.ranks;
@@ -278,6 +285,7 @@ static Expectation expectation(const Call& c) {
       break;
     case Coll::kBroadcast:
     case Coll::kBcast:
+    case Coll::kRecv:
       append(c.root, 0);
       break;
     case Coll::kScatter:

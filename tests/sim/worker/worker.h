@@ -91,7 +91,9 @@ enum class Coll {
   kAlltoAll,
   kGather,
   kScatter,
-  kSendRecv
+  kSendRecv,  // to the next rank, from the previous one
+  kSend,      // to `root`
+  kRecv       // from `root`
 };
 
 // One call on one lane, from the preparation of its buffers to the check of its result.
