@@ -435,7 +435,7 @@ double time_launches(Device& device, unsigned ranks, Launch launch) {
 }
 
 __global__ void empty_kernel() {
-  twoshot::griddepcontrol_launch_dependents();
+  twoshot::griddepcontrol_launch_dependents_if(true);
   twoshot::griddepcontrol_wait();
 }
 

@@ -39,6 +39,7 @@ struct Options {
   unsigned ranks = 0, blocks = 132;
   size_t min = 1024, max = size_t{16} << 20, oneshot_max = size_t{16} << 20;
   bool one = true, two = true, full = false, host = false;
+  bool trigger = false;  // every launch lets its successor in, as with TWOSHOT_PDL=1
   std::string type = "bf16";
   std::vector<std::pair<std::string, std::string>> images;
 };
@@ -140,7 +141,8 @@ std::vector<Grid> grids(size_t lines, const Options& options) {
 }
 
 // One configuration on all ranks: checked once, then graphs of launches; best of repeats, slowest rank.
-double time_one(World& world, size_t image, const std::string& kernel, const Grid& grid, size_t bytes) {
+double time_one(const Options& options, World& world, size_t image, const std::string& kernel, const Grid& grid,
+                size_t bytes) {
   const unsigned launches = bytes >= (size_t{4} << 20) ? 20 : 50, repeats = 6;
   std::barrier meet(world.ranks);
   std::vector<double> best(world.ranks, 1e9);
@@ -163,6 +165,7 @@ double time_one(World& world, size_t image, const std::string& kernel, const Gri
       args.rank = r;
       args.ranks = world.ranks;
       args.type = 9;
+      args.trigger = options.trigger;
       CHECK(cuMemsetD8Async(me.out, 0xA5, bytes, me.stream));
       CHECK(cuStreamSynchronize(me.stream));
       CUgraph graph;
@@ -303,6 +306,7 @@ int main(int argc, char** argv) {
     else if (word == "--blocks") options.blocks = static_cast<unsigned>(number());
     else if (word == "--full") options.full = true;
     else if (word == "--host") options.host = true;
+    else if (word == "--trigger") options.trigger = true;
     else if (word == "--only") options.one = std::string(argv[++i]) == "one", options.two = !options.one;
     else if (const auto at = word.find('='); at != std::string::npos) options.images.emplace_back(word.substr(0, at), word.substr(at + 1));
     else return std::printf("what is %s?\n", word.c_str()), 2;
@@ -334,7 +338,7 @@ int main(int argc, char** argv) {
         world.reset();
         const size_t lines = bytes / 16 / (two ? world.ranks : 1);
         for (const Grid& grid : grids(lines, options)) {
-          const double us = time_one(world, image, kernel, grid, bytes);
+          const double us = time_one(options, world, image, kernel, grid, bytes);
           if (us < best.us) best = {us, grid.blocks, grid.threads};
           if (grid.blocks <= 32 && us < within.us) within = {us, grid.blocks, grid.threads};
         }
