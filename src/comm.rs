@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod ready;
+mod sample;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -15,7 +16,7 @@ use crate::config::Config;
 use crate::counters::Counters;
 use crate::domain::{Declined, Tuned};
 use crate::driver::Context;
-use crate::driver::{Fault, nvtx};
+use crate::driver::{Fault, RawStream, nvtx};
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
 use crate::setup::{Established, Request, establish};
@@ -23,6 +24,7 @@ use crate::stats::Standing;
 use crate::table::Source;
 use crate::{info, tuning, warning};
 pub use ready::{Buffers, Ready, collect, only_aborted_are_left};
+use sample::Sampler;
 
 /// What a call of a communicator finds.
 pub enum State<'a> {
@@ -68,6 +70,7 @@ pub struct Communicator {
     address: usize,
     /// Stock NCCL made it under our eyes; else it is only a handle that somebody passed.
     seen: bool,
+    sampler: OnceLock<Sampler>,
     /// Its calls.
     pub counters: Counters,
 }
@@ -100,6 +103,24 @@ impl Communicator {
             );
         }
         Some(fault)
+    }
+
+    /// Queues a call, timed on the device if its turn has come.
+    pub fn timed<T>(&self, (row, bytes): (usize, u64), stream: RawStream, queue: impl FnOnce() -> T) -> T {
+        let Some(sampler) = self.sampler.get() else { return queue() };
+        let sample = sampler.begin(&self.counters, (row, bytes), stream);
+        let result = queue();
+        if let Some(sample) = sample {
+            sampler.end(sample, stream);
+        }
+        result
+    }
+
+    /// Counts what was timed and is done.
+    pub fn read_samples(&self) {
+        if let Some(sampler) = self.sampler.get() {
+            sampler.read(&self.counters);
+        }
     }
 
     /// Logs the fault of a communicator that ends, if nobody has asked for it; an abort of the program's own is none.
@@ -202,6 +223,9 @@ impl Communicator {
         });
         let (state, standing) = match &outcome {
             Ok(Some(ready)) => {
+                if let Some(sampler) = Sampler::new(ready.context(), config.sample) {
+                    let _ = self.sampler.set(sampler);
+                }
                 let _ = self.ready.set(Arc::clone(ready));
                 (READY, Standing::On)
             }

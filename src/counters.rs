@@ -13,8 +13,8 @@ use crate::driver::published;
 use crate::layout::Algorithm;
 use crate::route::Reason;
 use crate::stats::{
-    BUCKETS, HEAD, MAGIC, NAME, ROWS, SLOT, SLOT_HEAD, SLOTS, Snapshot, Standing, TABLE, VERSION, WORDS, bucket, head,
-    row_of, row_of_stock, slot,
+    BUCKETS, CELL, HEAD, MAGIC, NAME, ROWS, SLOT, SLOT_HEAD, SLOTS, Snapshot, Standing, TABLE, VERSION, WORDS, bucket,
+    head, row_of, row_of_stock, slot,
 };
 
 /// The words of one communicator: of the page, or its own where the page has no slot left.
@@ -106,10 +106,20 @@ impl Counters {
     }
 
     fn add(&self, row: usize, bytes: u64) {
-        let at = SLOT_HEAD + (row * BUCKETS + bucket(bytes)) * 2;
-        let words = self.words.get();
-        words[at].fetch_add(1, Ordering::Relaxed);
-        words[at + 1].fetch_add(bytes, Ordering::Relaxed);
+        let cell = self.cell(row, bytes);
+        cell[0].fetch_add(1, Ordering::Relaxed);
+        cell[1].fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn cell(&self, row: usize, bytes: u64) -> &[AtomicU64] {
+        &self.words.get()[SLOT_HEAD + (row * BUCKETS + bucket(bytes)) * CELL..][..CELL]
+    }
+
+    /// What one call of a row took on the device.
+    pub fn timed(&self, row: usize, bytes: u64, nanoseconds: u64) {
+        let cell = self.cell(row, bytes);
+        cell[2].fetch_add(1, Ordering::Relaxed);
+        cell[3].fetch_add(nanoseconds, Ordering::Relaxed);
     }
 
     /// One call of our kernel.
@@ -138,7 +148,7 @@ impl Counters {
     }
 
     fn row(&self, row: usize) -> (u64, u64) {
-        sums(&self.words.get()[SLOT_HEAD..][row * BUCKETS * 2..][..BUCKETS * 2])
+        sums(&self.words.get()[SLOT_HEAD..][row * BUCKETS * CELL..][..BUCKETS * CELL])
     }
 
     /// Calls routed and calls left to stock.
@@ -162,12 +172,12 @@ impl Drop for Counters {
 /// Calls and bytes of some cells.
 fn sums(cells: &[AtomicU64]) -> (u64, u64) {
     let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
-    cells.chunks_exact(2).fold((0, 0), |sum, cell| (sum.0 + load(&cell[0]), sum.1 + load(&cell[1])))
+    cells.chunks_exact(CELL).fold((0, 0), |sum, cell| (sum.0 + load(&cell[0]), sum.1 + load(&cell[1])))
 }
 
 /// Calls routed and calls left to stock of one slot.
 fn totals(slot: &[AtomicU64]) -> (u64, u64) {
-    const ROUTED: usize = Algorithm::ALL.len() * BUCKETS * 2;
+    const ROUTED: usize = Algorithm::ALL.len() * BUCKETS * CELL;
     const _: () = assert!(ROUTED < TABLE && ROWS > Algorithm::ALL.len());
     let (routed, stock) = slot[SLOT_HEAD..].split_at(ROUTED);
     (sums(routed).0, sums(stock).0)

@@ -17,15 +17,17 @@ pub const NAME: &str = "twoshot-stats";
 /// First word: says what this is, and in which byte order.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"2shotst\x01");
 /// Second word. Any change of the layout, of a row or of a bucket is a new one.
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
 
 /// Rows of a table: the algorithms, then the reasons for stock NCCL.
 pub const ROWS: usize = Algorithm::ALL.len() + Reason::ALL.len();
 /// Columns of a table: bucket `b` holds payloads above `2^(b-1)` and up to `2^b` bytes, the first and the last one
 /// everything beyond.
 pub const BUCKETS: usize = 36;
-/// Words of a table: calls and bytes side by side.
-pub const TABLE: usize = ROWS * BUCKETS * 2;
+/// Words of a cell: calls, bytes, calls that were timed, and their nanoseconds.
+pub const CELL: usize = 4;
+/// Words of a table.
+pub const TABLE: usize = ROWS * BUCKETS * CELL;
 /// Words in front of each table.
 pub const SLOT_HEAD: usize = 8;
 /// Words of one communicator.
@@ -120,6 +122,23 @@ pub struct Size {
     pub calls: u64,
     /// Bytes of payload.
     pub bytes: u64,
+    /// Calls that were timed (`TWOSHOT_SAMPLE`).
+    #[serde(skip_serializing_if = "is_zero")]
+    pub timed: u64,
+    /// Device time of those, in nanoseconds.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub timed_ns: u64,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
+}
+
+impl Size {
+    /// Mean device time of a call in microseconds, where some were timed.
+    pub fn mean_us(&self) -> Option<f64> {
+        (self.timed > 0).then(|| self.timed_ns as f64 / self.timed as f64 / 1000.0)
+    }
 }
 
 /// Calls that went one way.
@@ -222,18 +241,20 @@ fn member(slot: &[u64]) -> Option<Result<Member, String>> {
 pub fn ways(table: &[u64]) -> Vec<Way> {
     let algorithms = Algorithm::ALL.iter().map(|algorithm| (algorithm.name(), None));
     let reasons = Reason::ALL.iter().map(|reason| ("stock", Some(reason.name())));
-    let rows = algorithms.chain(reasons).zip(table.chunks_exact(BUCKETS * 2));
+    let rows = algorithms.chain(reasons).zip(table.chunks_exact(BUCKETS * CELL));
     rows.map(|((route, reason), row)| way(route, reason, row)).filter(|way| way.calls > 0).collect()
 }
 
 fn way(route: &'static str, reason: Option<&'static str>, row: &[u64]) -> Way {
-    let cells = row.chunks_exact(2).enumerate();
+    let cells = row.chunks_exact(CELL).enumerate();
     let sizes: Vec<_> = cells
         .filter(|(_, cell)| cell[0] > 0)
         .map(|(bucket, cell)| Size {
             up_to: (bucket + 1 < BUCKETS).then(|| 1 << bucket),
             calls: cell[0],
             bytes: cell[1],
+            timed: cell[2],
+            timed_ns: cell[3],
         })
         .collect();
     // A hostile table must not overflow a sum.
@@ -257,9 +278,12 @@ fn show(text: &mut String, ways: &[Way]) {
         let name = format!("{route} {}", reason.unwrap_or_default());
         let sizes: Vec<_> = sizes
             .iter()
-            .map(|size| match size.up_to {
-                Some(most) => format!("{} to {}", size.calls, bytes(most)),
-                None => format!("{} larger", size.calls),
+            .map(|size| {
+                let time = size.mean_us().map_or_else(String::new, |us| format!(" ({us:.1} us)"));
+                match size.up_to {
+                    Some(most) => format!("{} to {}{time}", size.calls, bytes(most)),
+                    None => format!("{} larger{time}", size.calls),
+                }
             })
             .collect();
         let _ = writeln!(text, "  {name:<16} {calls:>12} calls {:>12}: {}", bytes(*sum), sizes.join(", "));
@@ -321,17 +345,16 @@ mod tests {
         words[at + slot::RANK] = 1;
         words[at + slot::RANKS] = 4;
         words[at + slot::DECLINE] = Decline::NoNvlink as u64;
-        let cell = at + SLOT_HEAD + (row_of_stock(Reason::Declined) * BUCKETS + bucket(3000)) * 2;
-        words[cell] = 2;
-        words[cell + 1] = 6000;
+        let cell = at + SLOT_HEAD + (row_of_stock(Reason::Declined) * BUCKETS + bucket(3000)) * CELL;
+        words[cell..][..CELL].copy_from_slice(&[2, 6000, 1, 7500]);
         let snapshot = Snapshot::of(&words).expect("well formed");
         let [member] = &snapshot.communicators[..] else { panic!("{snapshot:?}") };
         assert_eq!((member.rank, member.ranks, member.reason), (Some(1), Some(4), Some("no-nvlink")));
-        let sizes = vec![Size { up_to: Some(4096), calls: 2, bytes: 6000 }];
+        let sizes = vec![Size { up_to: Some(4096), calls: 2, bytes: 6000, timed: 1, timed_ns: 7500 }];
         assert_eq!(member.ways, [Way { route: "stock", reason: Some("declined"), calls: 2, bytes: 6000, sizes }]);
         let text = snapshot.to_string();
         assert!(text.starts_with("device 0, rank 1/4: OFF, no-nvlink\n  stock declined "), "{text}");
-        assert!(text.ends_with("2 calls      5.9 KiB: 2 to 4 KiB\n"), "{text}");
+        assert!(text.ends_with("2 calls      5.9 KiB: 2 to 4 KiB (7.5 us)\n"), "{text}");
     }
 
     #[test]

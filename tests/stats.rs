@@ -124,6 +124,31 @@ fn the_file_is_written_at_the_end_of_a_communicator_and_of_the_process() {
 }
 
 #[test]
+fn where_it_is_asked_for_some_calls_are_timed_on_the_device_by_route_and_size() {
+    let folder = std::env::temp_dir().join(format!("twoshot-sample-{}", std::process::id()));
+    fs::create_dir_all(&folder).expect("a folder");
+    // Of 19 calls that are not captured and 3 that are.
+    for (every, timed) in [("1", 19..=19), ("3", 5..=8), ("0", 0..=0)] {
+        // Captured calls and groups in between; a routed call of a group is timed, one of a capture is not.
+        let program = "init; allreduce count=10; repeat n=3; allreduce count=100; allreduce count=10000; \
+            allreduce count=100000; capture counts=300; replay; drop_graphs; group_start; allreduce count=100; group_end; \
+            allreduce count=10000; allreduce count=100000; end; sleep ms=60; destroy; release";
+        let report =
+            job(program).env("TWOSHOT_STATS", folder.join("%p.json").display()).env("TWOSHOT_SAMPLE", every).run();
+        report.expect_success().expect_on().expect_nothing_live();
+        for outcome in &report.outcomes {
+            let value = read(&folder.join(format!("{}.json", outcome.pid)));
+            let sum = |of: &Value| of.as_u64().unwrap_or(0);
+            let ways = value["ended_ways"].as_array().expect("a list").iter();
+            let sizes: Vec<_> = ways.flat_map(|way| way["sizes"].as_array().expect("a list")).collect();
+            assert!(sizes.iter().all(|size| (sum(&size["timed"]) > 0) == (sum(&size["timed_ns"]) > 0)), "{value}");
+            assert!(timed.contains(&sizes.iter().map(|size| sum(&size["timed"])).sum::<u64>()), "{every}: {value}");
+        }
+    }
+    fs::remove_dir_all(folder).expect("it was there");
+}
+
+#[test]
 fn a_file_that_cannot_be_written_is_one_warning_and_changes_nothing() {
     let report = job(&format!("{CALLS}; destroy; release")).env("TWOSHOT_STATS", "/nowhere/stats.json").run();
     report.expect_success().expect_on();

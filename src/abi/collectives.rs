@@ -14,6 +14,7 @@ use crate::config::Config;
 use crate::driver::{RawStream, capturing};
 use crate::intercept::{CallConfig, Comm, Stock, Stream};
 use crate::route::{Plan, Reason, Route, decide};
+use crate::stats::{row_of, row_of_stock};
 use crate::warning;
 
 /// Sets the communicator up if this is the moment: its first collective outside captures; in a group, at the group's
@@ -151,8 +152,8 @@ impl Arguments {
 pub(super) enum Placement {
     /// Our kernel.
     Routed(Plan),
-    /// Stock NCCL; counted.
-    Stock,
+    /// Stock NCCL, for this reason; counted.
+    Stock(Reason),
     /// It fails.
     Failed(Code),
 }
@@ -182,7 +183,7 @@ pub(super) fn place(communicator: &Communicator, a: &Arguments) -> Placement {
         State::Lost => return Placement::Failed(failed(&lost())),
     };
     communicator.counters.stock(reason, a.call().bytes());
-    Placement::Stock
+    Placement::Stock(reason)
 }
 
 /// Launches one routed call. The communicator may have met a fault since the call was placed.
@@ -198,7 +199,9 @@ fn launch(communicator: &Communicator, ready: &Arc<Ready>, plan: Plan, a: &Argum
     communicator.counters.routed(plan.algorithm, a.call().bytes());
     let stream = RawStream(a.stream as usize);
     let buffers = Buffers { input: a.send as u64, output: a.receive as u64, count: a.count as u64, stream };
-    ready.launch(plan, buffers).map_or_else(|error| failed(&error), |()| code::SUCCESS)
+    let way = (row_of(plan.algorithm), a.call().bytes());
+    let launched = communicator.timed(way, stream, || ready.launch(plan, buffers));
+    launched.map_or_else(|error| failed(&error), |()| code::SUCCESS)
 }
 
 fn all_reduce(a: Arguments) -> Code {
@@ -224,7 +227,10 @@ fn all_reduce(a: Arguments) -> Code {
             }
         }
         (Placement::Routed(_), _) => failed(&lost()),
-        (Placement::Stock, _) => in_order(&communicator, RawStream(a.stream as usize), || a.to_stock(stock)),
+        (Placement::Stock(reason), _) => {
+            let (way, stream) = ((row_of_stock(reason), a.call().bytes()), RawStream(a.stream as usize));
+            in_order(&communicator, stream, || communicator.timed(way, stream, || a.to_stock(stock)))
+        }
         (Placement::Failed(code), _) => code,
     }
 }

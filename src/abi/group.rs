@@ -193,7 +193,7 @@ fn queue(stock: &Stock, communicator: Arc<Communicator>, arguments: Arguments) -
             });
             code::SUCCESS
         }
-        Placement::Stock => {
+        Placement::Stock(_) => {
             let stream = RawStream(arguments.stream as usize);
             forward(stock, &communicator, (arguments.comm, stream), true, || arguments.to_stock(stock))
         }

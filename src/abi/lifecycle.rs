@@ -200,6 +200,7 @@ fn end(comm: Comm, communicator: Arc<Communicator>, patience: Duration, abort: b
     if let State::Ready(ready) = communicator.state() {
         let ready = Arc::clone(ready);
         communicator.last_word(&ready);
+        communicator.read_samples();
         info!(-1, "communicator {comm:p} ends: {}", communicator.counters);
         drop(communicator);
         ready.release(patience, abort);

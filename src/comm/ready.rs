@@ -203,6 +203,11 @@ impl Ready {
         self.args.rank
     }
 
+    /// The context of its device.
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
     /// CUDA ordinal of its device.
     pub fn device(&self) -> i32 {
         self.context.device().ordinal()

@@ -66,6 +66,8 @@ pub struct Config {
     pub interfaces: Option<String>,
     /// `TWOSHOT_PDL`: the program's kernels keep the rules of programmatic dependent launch.
     pub pdl: bool,
+    /// `TWOSHOT_SAMPLE`: every how many-th call is timed; 0: none.
+    pub sample: u32,
     /// `TWOSHOT_STATS`: where the counters are written.
     pub stats: Option<PathBuf>,
     /// `NVTX_INJECTION64_PATH`: the library of a profiler that wants to know of ranges.
@@ -131,6 +133,7 @@ impl Config {
             host_id: string(var, "TWOSHOT_HOST_ID"),
             shared_gpu: switch(var, "TWOSHOT_SHARED_GPU")?.unwrap_or(false),
             pdl: switch(var, "TWOSHOT_PDL")?.unwrap_or(false),
+            sample: integer(var, "TWOSHOT_SAMPLE", 0, 1 << 30)?.map_or(0, |n| u32::try_from(n).unwrap_or(0)),
             net: text(var, "TWOSHOT_NET").map(PathBuf::from),
             interfaces: string(var, "NCCL_SOCKET_IFNAME"),
             stats: text(var, "TWOSHOT_STATS").map(PathBuf::from),
@@ -200,6 +203,7 @@ impl Default for Config {
             host_id: None,
             shared_gpu: false,
             pdl: false,
+            sample: 0,
             net: None,
             interfaces: None,
             stats: None,

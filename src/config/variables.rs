@@ -88,6 +88,11 @@ pub const VARIABLES: &[Variable] = &[
         "`1` lets the kernel behind a routed call start before the call has ended, by programmatic dependent launch. Only for programs in which every kernel that is launched with that attribute waits for its predecessor (`griddepcontrol.wait`); behind stock NCCL's kernels it need not. Each rank's own matter.",
     ),
     variable(
+        "TWOSHOT_SAMPLE",
+        "0",
+        "Every how many-th AllReduce is timed on the device, by two events around it; `twoshot stats` and `TWOSHOT_STATS` show the mean by route and size. 0: none. Captured calls are not timed, nor calls that stock NCCL runs in a group.",
+    ),
+    variable(
         "TWOSHOT_STATS",
         "(none)",
         "File that gets the counters as JSON, at the end of every communicator and of the process; `%h` and `%p` become host and process.",

@@ -105,6 +105,7 @@ api! {
         cuEventRecord(CUevent, CUstream);
         cuEventQuery(CUevent);
         cuEventDestroy_v2(CUevent);
+        cuEventElapsedTime(*mut f32, CUevent, CUevent);
         cuModuleLoadData(*mut CUmodule, *const c_void);
         cuModuleUnload(CUmodule);
         cuModuleGetFunction(*mut CUfunction, CUmodule, *const c_char);

@@ -12,6 +12,7 @@ mod multicast;
 mod nvml;
 pub mod nvtx;
 mod page;
+mod stopwatch;
 mod stream;
 
 pub use capture::{
@@ -28,4 +29,5 @@ pub use multicast::{
 };
 pub use nvml::{FabricFacts, FabricState, fabric_facts, fabric_state, gpus, nvlink_between};
 pub use page::{link_of, published};
+pub use stopwatch::Stopwatch;
 pub use stream::{Event, RawStream, Stream, stream_number, wait_for};
