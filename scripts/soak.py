@@ -4,6 +4,7 @@
   soak       random sizes, types, groups, graphs, splits, creations, aborts and kills, until the time is over
   lifecycle  rounds of create, AllReduce, destroy, and rounds that abort in mid-flight: nothing may grow
   kill       kills a random rank at a random moment: the others abort in time, nothing stays, the next job is right
+  beside     a communicator's set-up beside receives under way whose sends come behind it: it waits for nothing else
 
 The programs are scripts for tests/sim/worker, a plain NCCL program that checks every result bit for bit; it is
 compiled here where GPUs are used. Each round prints its seed: `--seed SEED --rounds 1` repeats it.
@@ -378,6 +379,35 @@ NUMBERS = re.compile(r"fds (\d+), threads (\d+), maps (\d+), vm (\d+) kB")
 FREE = re.compile(r"free (\d+) of")
 
 
+# Longer than any set-up takes that waits for its peers alone, shorter than a step's deadline.
+SETUP_MS = 10000
+
+
+def beside_round(place, seed):
+    """Ranks 0 and 1 have a receive under way, each on a communicator of its own, whose send the other issues behind the
+    first collective of a third one."""
+    if place.ranks != 2:
+        sys.exit("soak: beside is for two ranks")
+    rng = random.Random(seed)
+    first, second, most = rng.randrange(1, 5000), rng.randrange(1, 5000), rng.randrange(1, 50000)
+    recv, send = "collective name=recv", "collective name=send"
+    program = "; ".join([
+        "init", "split color=0", "use comm=0", "split color=0",
+        # Stock NCCL connects its peers at their first message, on both sides at once.
+        "use comm=1", "collective name=sendrecv count=10", "use comm=2", "collective name=sendrecv count=10", "barrier", "hold",
+        f"use comm=1 on=0; stream i=1 on=0; {recv} root=1 call=50 count={first} on=0",
+        f"use comm=2 on=1; stream i=1 on=1; {recv} root=0 call=51 count={second} on=1",
+        f"use comm=0; stream i=2; allreduce count={most} call=60",
+        f"use comm=2 on=0; stream i=3 on=0; {send} root=1 call=51 count={second} on=0",
+        f"use comm=1 on=1; stream i=3 on=1; {send} root=0 call=50 count={first} on=1",
+        "flush", "use comm=0", f"allreduce count={most} reps=3", "destroy", "destroy", "destroy", "release", "sleep ms=50"])
+    session, ranks = run(place, program, {"TWOSHOT_SETUP_TIMEOUT_MS": "20000", "TWOSHOT_SIM_FREES_WAIT": "1"})
+    expect_right(place, session, ranks)
+    slowest = max(one.said("allreduce")[0]["ms"] for one in ranks)
+    expect(slowest < SETUP_MS, f"the set-up took {slowest} ms: it waited for more than its peers", ranks)
+    return f"set up in {slowest:.0f} ms"
+
+
 def samples(one):
     """What a rank held at each sample: descriptors, threads, mappings, addresses in KiB, device bytes in use."""
     held = [NUMBERS.search(line["note"]).groups() for line in one.said("process")]
@@ -425,19 +455,19 @@ def lifecycle(place, options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=["soak", "lifecycle", "kill"])
+    parser.add_argument("mode", choices=["soak", "lifecycle", "kill", "beside"])
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--gpus", type=int, metavar="N", help="ranks on this machine's GPUs")
     where.add_argument("--sim", metavar="N|HxG", help="simulated GPUs: N of one host, or H hosts of G each")
     parser.add_argument("--limit", type=int, default=300, metavar="SECONDS", help="time for all of it [300]")
-    parser.add_argument("--rounds", type=int, help="soak: as many as fit; lifecycle: 500; kill: 20")
+    parser.add_argument("--rounds", type=int, help="soak: as many as fit; lifecycle: 500; kill: 20; beside: 20")
     parser.add_argument("--seed", type=int, help="of the first round [random]")
     parser.add_argument("--library", help="libtwoshot.so [the newest below target]")
     parser.add_argument("--worker", help="the worker [simulated: the build's; else compiled here]")
     parser.add_argument("--libs", help="folder of the simulated libraries [the newest below target]")
     options = parser.parse_args()
     options.seed = random.randrange(1 << 30) if options.seed is None else options.seed
-    options.rounds = options.rounds or {"soak": 1 << 30, "lifecycle": 500, "kill": 20}[options.mode]
+    options.rounds = options.rounds or {"soak": 1 << 30, "lifecycle": 500, "kill": 20, "beside": 20}[options.mode]
     place = Place(options)
     start = time.monotonic()
     print(f"{options.mode}: {place.ranks} ranks on {'simulated GPUs' if place.simulated else f'{place.gpus} GPU(s)'}, "
@@ -446,7 +476,7 @@ def main():
     try:
         if options.mode == "lifecycle":
             return 0 if lifecycle(place, options) else 1
-        work = soak_round if options.mode == "soak" else kill_round
+        work = {"soak": soak_round, "kill": kill_round, "beside": beside_round}[options.mode]
         while done < options.rounds and time.monotonic() - start < options.limit:
             seed, began = options.seed + done, time.monotonic()
             try:

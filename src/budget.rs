@@ -3,6 +3,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::driver::let_go;
+
 /// Most devices told apart; more would share.
 const DEVICES: usize = 64;
 
@@ -70,7 +72,11 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        self.used.fetch_sub(self.bytes, Ordering::AcqRel);
+        let (used, bytes) = (self.used, self.bytes);
+        // As late as the window itself.
+        let_go(move || {
+            used.fetch_sub(bytes, Ordering::AcqRel);
+        });
     }
 }
 

@@ -15,8 +15,7 @@ use parking_lot::Mutex;
 use crate::config::Config;
 use crate::counters::Counters;
 use crate::domain::{Declined, Tuned};
-use crate::driver::Context;
-use crate::driver::{Fault, RawStream, nvtx};
+use crate::driver::{Context, Fault, RawStream, Remains, nvtx};
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
 use crate::setup::{Established, Request, establish};
@@ -73,6 +72,8 @@ pub struct Communicator {
     sampler: OnceLock<Sampler>,
     /// Its calls.
     pub counters: Counters,
+    /// What its set-up has let go.
+    pub remains: Remains,
 }
 
 impl Communicator {
@@ -209,10 +210,11 @@ impl Communicator {
         let _range = nvtx::range(c"twoshot: set-up of a communicator");
         let ours = context.as_ref().ok().map(Arc::clone);
         let mut reason = None;
-        let outcome = establish(exchange, context, request, config).map(|verdict| match (verdict, ours) {
+        let established = || establish(exchange, context, request, config);
+        let outcome = self.remains.keep(established).map(|verdict| match (verdict, ours) {
             (Ok(established), Some(context)) => {
                 log_on(device, rank, &established);
-                Some(Arc::new(Ready::new(context, established, rank, config)))
+                Some(Arc::new(Ready::new(context, established, self.remains.clone(), rank, config)))
             }
             (Ok(_), None) => None,
             (Err(declined), _) => {
@@ -229,7 +231,11 @@ impl Communicator {
                 let _ = self.ready.set(Arc::clone(ready));
                 (READY, Standing::On)
             }
-            Ok(None) => (DECLINED, Standing::Off),
+            Ok(None) => {
+                // Windows are not kept for as long as the communicator: they go when another one is made or ends.
+                self.remains.lay_aside();
+                (DECLINED, Standing::Off)
+            }
             Err(error) => {
                 warning!(device, "rank {rank}/{ranks}: set-up broke off, the communicator is lost: {error}");
                 (LOST, Standing::Lost)
@@ -310,13 +316,15 @@ pub fn created(comm: usize, hints: Hints) {
 
 fn insert(comm: usize, hints: Hints, replace: bool) -> Arc<Communicator> {
     let (communicator, old) = exchange_entry(comm, hints, replace);
-    if let Some(old) = old
-        && let State::Ready(ready) = old.state()
-    {
+    if let Some(old) = old {
         // Its end was not seen. What it held goes as at an abort, and not under the lock.
-        let ready = Arc::clone(ready);
-        drop(old);
-        ready.release(Duration::ZERO, true);
+        if let State::Ready(ready) = old.state() {
+            let ready = Arc::clone(ready);
+            drop(old);
+            ready.release(Duration::ZERO, true);
+        } else {
+            old.remains.lay_aside();
+        }
     }
     communicator
 }

@@ -2,10 +2,14 @@
 //! result on every rank.
 #![forbid(unsafe_code)]
 
+use std::time::Duration;
+
 use crate::decline::Decline;
 use crate::driver::HandleType;
 use crate::wire::{Blob, Facts};
 
+/// Longest deadline of a step that is believed.
+pub const LONGEST: Duration = Duration::from_hours(1);
 /// Oldest compute capability with kernels.
 pub const MIN_ARCH: u32 = 90;
 
@@ -30,6 +34,8 @@ pub struct Domain {
     pub nccl: u32,
     /// What the ranks make of their tuning files.
     pub tuned: Tuned,
+    /// The longest deadline that any rank gives a step: so long the others wait for it.
+    pub deadline: Duration,
 }
 
 /// The common verdict on tuning files.
@@ -138,6 +144,12 @@ pub fn merge(blobs: &[Blob]) -> Result<Domain, Declined> {
         multicast: facts.iter().all(|f| f.multicast),
         nccl: if facts.iter().all(|f| f.nccl == first.nccl) { first.nccl } else { 0 },
         tuned: tuned(&facts),
+        deadline: facts
+            .iter()
+            .map(|f| Duration::from_millis(f.deadline_ms.into()))
+            .max()
+            .unwrap_or_default()
+            .min(LONGEST),
         facts,
     })
 }
@@ -263,6 +275,15 @@ mod tests {
         assert_eq!(voted([UNUSABLE, 7, 7, 7]), Tuned::Ignored { rank: 0 });
         assert_eq!(voted([UNUSABLE; 4]), Tuned::Ignored { rank: 0 });
         assert_eq!(voted([7, UNUSABLE, 7, 7]), Tuned::Ignored { rank: 1 });
+    }
+
+    #[test]
+    fn the_most_patient_rank_says_how_long_all_wait_up_to_an_hour() {
+        let mut facts = two_hosts();
+        facts.iter_mut().zip([100, 20_000, 300, 0]).for_each(|(facts, ms)| facts.deadline_ms = ms);
+        assert_eq!(merged(&facts).unwrap().deadline, Duration::from_secs(20));
+        facts[2].deadline_ms = u32::MAX;
+        assert_eq!(merged(&facts).unwrap().deadline, LONGEST);
     }
 
     #[test]

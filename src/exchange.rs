@@ -2,6 +2,8 @@
 //! NCCL's own AllGather for the direct door.
 #![forbid(unsafe_code)]
 
+use std::time::Duration;
+
 use crate::decline::Decline;
 use crate::domain::Declined;
 use crate::error::{Error, Result};
@@ -19,6 +21,9 @@ pub trait Exchange {
     ///
     /// An error means that the ranks can no longer agree on anything: the communicator is lost.
     fn allgather(&mut self, mine: &Blob, step: &'static str) -> Result<Vec<Blob>>;
+
+    /// From now on no rank's step takes longer than this; the ranks agreed on it.
+    fn grant(&mut self, _deadline: Duration) {}
 }
 
 /// One vote: every rank states its outcome, every rank gets all outcomes or the same refusal.

@@ -133,6 +133,17 @@ impl Layout {
         HEADER + STAGES * self.stage_bytes
     }
 
+    /// The largest payload, in bytes carried, that a stage holds.
+    pub fn largest(&self, algorithm: Algorithm) -> u64 {
+        let lines = self.stage_bytes / LINE;
+        let whole = |lines: u64| lines / LINES_ALIGN * LINES_ALIGN;
+        let lines = match algorithm {
+            Algorithm::OneShot => whole(lines / self.ranks),
+            Algorithm::TwoShot => whole(lines / (2 * self.ranks)) * self.ranks,
+        };
+        lines * LINE
+    }
+
     /// The shape of a payload if it fits a stage.
     pub fn fit(&self, algorithm: Algorithm, bytes: u64) -> Option<Shape> {
         let shape = Shape::of(algorithm, self.ranks, bytes)?;
@@ -167,6 +178,10 @@ mod tests {
             let Some(layout) = Layout::for_payloads(ranks, one, two) else { return Ok(()) };
             prop_assert!(layout.fit(Algorithm::OneShot, one).is_some());
             prop_assert!(layout.fit(Algorithm::TwoShot, two).is_some());
+            for algorithm in Algorithm::ALL {
+                let most = layout.largest(algorithm);
+                prop_assert!(layout.fit(algorithm, most).is_some() && layout.fit(algorithm, most + 1).is_none());
+            }
         }
 
         #[test]

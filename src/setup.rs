@@ -33,7 +33,7 @@ use crate::workspace::{Own, PeerHandle, Workspace, allocate};
 use crate::{trace, warning};
 
 use known_answer::Checked;
-use limits::{Limits, limits};
+use limits::{Limits, limits, limits_in};
 pub use probe::{HostIdentity, build, overridden};
 
 /// A communicator ready for routed calls.
@@ -138,18 +138,20 @@ pub fn establish(
     request: Request,
     config: &Config,
 ) -> Result<Verdict> {
-    let deadline = Duration::from_millis(config.setup_timeout_ms);
+    let own = Duration::from_millis(config.setup_timeout_ms);
     let (rank, ranks) = (exchange.rank(), exchange.ranks());
     // What is missing already is a fact like the others: it is said, so that nobody waits.
     let identity = HostIdentity::read(config);
     let grounds = identity.as_ref().and_then(|identity| context.as_ref().map(|_| identity));
-    let facts = probe::facts(rank, ranks, request, config, grounds, deadline);
+    let facts = probe::facts(rank, ranks, request, config, grounds, own);
     let mut domain = match merge(&exchange.allgather(&facts.encode(), "the first step of set-up")?) {
         Ok(domain) => domain,
         Err(declined) => return Ok(Err(declined)),
     };
     say_tuned(&domain, rank, config, request.device);
     let context = &context?;
+    let deadline = domain.deadline;
+    exchange.grant(deadline);
     let mut ballot = Ballot { exchange, device: request.device };
 
     let mut step = Step::new(number::PREPARE, rank);
@@ -167,7 +169,7 @@ pub fn establish(
     let align = steps.iter().map(|step| step.granularity).max().unwrap_or(1).max(1);
     let blocks = steps.iter().map(|step| step.blocks).min().unwrap_or(1);
     let memory = steps.iter().map(|step| step.memory).min().unwrap_or(0);
-    let Some(limits) = limits(&domain, config, blocks, memory) else {
+    let Some(mut limits) = limits(&domain, config, blocks, memory) else {
         return Ok(Err(Declined { reason: Decline::TooManyRanks, rank: 0, code: 0 }));
     };
     let Some(window_bytes) = limits.agreement.layout.window_bytes().checked_next_multiple_of(align) else {
@@ -205,7 +207,18 @@ pub fn establish(
     if domain.multicast {
         let module = prepared.module;
         let parts = multicast::Parts { context, domain: &domain, desk: desk.as_ref(), module, align, deadline };
-        kernels = multicast::join(&mut ballot, &parts, &mut workspace)?.unwrap_or(kernels);
+        match multicast::join(&mut ballot, &parts, &mut workspace)? {
+            Some(joined) => {
+                prepared.capacity = prepared.capacity.min(joined.resident_per_sm().saturating_mul(prepared.sms));
+                kernels = joined;
+            }
+            None => {
+                // What is worth a kernel is another matter now; the windows stay as they are.
+                domain.multicast = false;
+                let layout = limits.agreement.layout;
+                limits = limits_in(&domain, config, blocks, layout);
+            }
+        }
     }
     drop(desk);
 
@@ -244,6 +257,8 @@ struct Prepared {
     /// The granularity is one of multicast too.
     multicast: bool,
     blocks: u32,
+    /// Multiprocessors of the device.
+    sms: u32,
     capacity: u32,
     memory: Memory,
     module: Arc<Module>,
@@ -263,7 +278,7 @@ fn prepare(context: &Arc<Context>, domain: &Domain, rank: u32, config: &Config, 
     let sms = domain.facts[rank as usize].blocks;
     let handle = domain.handle;
     let of_kernels = Arc::clone(context);
-    let (granularity, blocks, capacity, module, kernels) = bounded("loading the kernels", deadline, move || {
+    let (granularity, blocks, all_sms, module, kernels) = bounded("loading the kernels", deadline, move || {
         let module = Module::load(&of_kernels)?;
         let kernels = module.kernels(ranks, false)?;
         let resident = kernels.resident_per_sm().saturating_mul(sms);
@@ -271,8 +286,7 @@ fn prepare(context: &Arc<Context>, domain: &Domain, rank: u32, config: &Config, 
             return Err(Error::Bug("no block of a kernel fits a multiprocessor"));
         }
         let granularity = crate::driver::granularity(&of_kernels, handle)?;
-        let capacity = kernels.resident_per_sm().saturating_mul(of_kernels.device().sms()?);
-        Ok((granularity, sms.min(resident), capacity, module, kernels))
+        Ok((granularity, sms.min(resident), of_kernels.device().sms()?, module, kernels))
     })
     .or_else(reason(Decline::Module))?;
     let whole = limits(domain, config, u32::MAX, u64::MAX)
@@ -281,7 +295,9 @@ fn prepare(context: &Arc<Context>, domain: &Domain, rank: u32, config: &Config, 
     let budget = config.memory.unwrap_or_else(|| MEMORY.max(full.saturating_mul(16)));
     let memory = Memory::take(device, full, granularity, budget)
         .ok_or((Decline::Memory, Error::Protocol("the budget of memory is used up")))?;
-    let mut prepared = Prepared { granularity, multicast: false, blocks, capacity, memory, module, kernels };
+    let capacity = kernels.resident_per_sm().saturating_mul(all_sms);
+    let (multicast, sms) = (false, all_sms);
+    let mut prepared = Prepared { granularity, multicast, blocks, sms, capacity, memory, module, kernels };
     if domain.multicast {
         // A step of its own: what fails or blocks here is lost for multicast only.
         let (context, bytes) = (Arc::clone(context), prepared.granularity);

@@ -5,10 +5,11 @@
 use std::sync::mpsc;
 use std::time::Duration;
 
-use crate::driver::with_relaxed_capture;
+use crate::driver::{Scope, with_relaxed_capture};
 use crate::error::{Error, Result};
 
-const STACK: usize = 1 << 20;
+/// The driver compiles kernels on it where it has no code for a device.
+const STACK: usize = 8 << 20;
 
 /// Runs `work` on a thread of its own and waits for it at most `deadline`. A step that does not come back is left
 /// behind: it owns what it works on and releases it when it returns, if it ever does.
@@ -18,11 +19,14 @@ pub fn bounded<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let (sender, receiver) = mpsc::sync_channel(1);
+    let scope = Scope::inherited();
     let run = move || {
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| with_relaxed_capture(work)));
-        let result = result.unwrap_or(Err(Error::Bug("a step of set-up panicked")));
-        // Nobody listens any more after the deadline; the result, and what it owns, is dropped here then.
-        let _ = sender.send(result);
+        scope.run(|| {
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| with_relaxed_capture(work)));
+            let result = result.unwrap_or(Err(Error::Bug("a step of set-up panicked")));
+            // Nobody listens any more after the deadline; the result, and what it owns, is dropped here then.
+            let _ = sender.send(result);
+        });
     };
     // The size is set: with `ulimit -s unlimited` some platforms would give 2 MiB, with a small limit too little.
     let thread = std::thread::Builder::new().name("twoshot-setup".into()).stack_size(STACK).spawn(run);

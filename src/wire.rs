@@ -14,7 +14,7 @@ pub type Blob = [u8; BLOB];
 const MOST_GRANULARITY: u64 = 1 << 40;
 const MAGIC: u32 = 0x544f_5753;
 /// Raised whenever the meaning of a blob or the kernels' protocol changes.
-const PROTOCOL: u32 = 3;
+const PROTOCOL: u32 = 4;
 
 /// The facts of a rank, exchanged first.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -33,6 +33,8 @@ pub struct Facts {
     pub tuning: u64,
     /// Minor release of stock NCCL.
     pub nccl: u32,
+    /// Deadline of one of its steps, in milliseconds.
+    pub deadline_ms: u32,
     /// Identity of the host.
     pub host: [u8; 16],
     /// Identity of the process, random.
@@ -217,7 +219,7 @@ impl Facts {
     pub fn encode(&self) -> Blob {
         let mut writer = Writer::new(FACTS);
         writer.u32(self.ranks).u32(self.rank).declined(self.declined).u64(self.config).u64(self.build);
-        writer.u64(self.tuning).u32(self.nccl);
+        writer.u64(self.tuning).u32(self.nccl).u32(self.deadline_ms);
         writer.bytes(&self.host).bytes(&self.process).bytes(&self.gpu).bytes(&self.bus_id);
         writer.u32(self.arch).u32(self.blocks);
         writer.flag(self.vmm).flag(self.fd_handles).flag(self.fabric_handles).flag(self.multicast);
@@ -237,6 +239,7 @@ impl Facts {
             build: r.u64()?,
             tuning: r.u64()?,
             nccl: r.u32()?,
+            deadline_ms: r.u32()?,
             host: r.take()?,
             process: r.take()?,
             gpu: r.take()?,
@@ -308,7 +311,7 @@ mod tests {
         #[test]
         fn a_blob_comes_back_as_it_was(rank: u32, config: u64, host: [u8; 16], flag: bool, code: i32) {
             let facts = Facts {
-                rank, config, host, process: host, multicast: flag, declined: flag.then_some((Decline::Map, code)), ..Facts::default()
+                rank, config, host, process: host, deadline_ms: rank, multicast: flag, declined: flag.then_some((Decline::Map, code)), ..Facts::default()
             };
             prop_assert_eq!(Facts::decode(&facts.encode()), Some(facts));
             let mut step = Step { declined: Some((Decline::Import, code)), socket: host, ..Step::new(3, rank) };

@@ -161,3 +161,15 @@ fn a_captured_group_is_routed_and_replayed() {
     report.expect_on();
     expect_counts(&report, 7, 0);
 }
+
+/// Stock NCCL connects its peers at the first collective, which takes more stack than a thread has by itself.
+#[test]
+fn threads_on_which_stock_nccl_runs_have_the_stack_that_it_needs() {
+    // Two communicators set up at the end of a group; then a routed call in a group on another stream than stock's.
+    let program = "init; split color=0; group_start; allreduce count=100; use comm=0; stream i=1; allreduce count=200; \
+        group_end; collective name=allgather count=30; stream i=2; group_start; allreduce count=300; group_end; \
+        destroy; destroy";
+    let report = Job::new(Topology::one_host(2), program).env("SIM_NCCL_STACK", 4 << 20).run();
+    report.expect_on();
+    expect_counts(&report, 3, 0);
+}

@@ -204,3 +204,38 @@ fn gpus_of_one_cluster_on_hosts_of_different_granularity_agree_on_one_window() {
     report.expect_success().expect_on();
     expect_nothing_left(&report);
 }
+
+/// `payloads` of the line that says what is on.
+fn said(report: &Report, rank: usize, before: &str) -> u64 {
+    let lines = report.lines(rank);
+    let on = lines.iter().find(|line| line.contains(": ON,")).unwrap_or_else(|| panic!("{}", report.outcomes[rank]));
+    let digits = on.split_once(before).and_then(|(_, rest)| rest.split(' ').next());
+    digits.and_then(|digits| digits.parse().ok()).unwrap_or_else(|| panic!("no {before} in {on}"))
+}
+
+#[test]
+fn where_multicast_is_lost_while_joining_limits_and_description_are_those_of_unicast() {
+    // One-shot ends at 64 KiB with multicast and at 32 KiB without, two-shot at 2 and 4 MiB.
+    let program = "allreduce count=1000; allreduce count=300000; describe; destroy";
+    let limits = |report: &Report, rank| (said(report, rank, "one-shot to "), said(report, rank, "two-shot to "));
+    let run = |rules: &str| {
+        let job = Job::new(hosts(&[7]), program).env("TWOSHOT_SIM_CALLER", "libtwoshot.so");
+        let report = job.env("TWOSHOT_SIM_FAULTS", rules).run();
+        report.expect_success();
+        expect_wire(&report, "unicast");
+        expect_nothing_left(&report);
+        report
+    };
+    let lost = run("rank=3,call=cuMulticastBindMem,nth=1,code=999");
+    let off = Job::new(hosts(&[7]), program).env("TWOSHOT_MULTICAST", 0).run();
+    let (one, two) = limits(&off, 0);
+    for rank in 0..7 {
+        // What windows sized for multicast hold is the limit, where it is less.
+        assert_eq!(limits(&lost, rank), limits(&lost, 0));
+        let (one, two) = limits(&lost, rank);
+        let described = format!("state 1, multicast 0, one-shot {one}, two-shot {two}");
+        assert!(lost.outcomes[rank].stdout.contains(&described), "{}", lost.outcomes[rank]);
+    }
+    let (lost_one, lost_two) = limits(&lost, 0);
+    assert!(lost_one == one && lost_two <= two && lost_two >= 2 << 20, "{lost_one} {lost_two}, unicast {one} {two}");
+}

@@ -2,6 +2,8 @@
 //! nothing is left behind, and one line says why.
 mod common;
 
+#[path = "setup_faults/beside.rs"]
+mod beside;
 #[path = "setup_faults/cell.rs"]
 mod cell;
 #[path = "setup_faults/found.rs"]

@@ -86,3 +86,38 @@ fn ranks_with_different_room_for_blocks_agree_on_the_smallest() {
         assert!(report.lines(rank).iter().any(|line| line.contains("blocks 2,")), "{}", report.outcomes[rank]);
     }
 }
+
+/// Kernels that push through a multicast address may need more of a multiprocessor: of those, fewer blocks fit.
+#[test]
+fn what_fits_the_device_together_is_computed_from_the_kernels_in_force() {
+    let mut program = "init; ".to_owned();
+    for _ in 0..3 {
+        program.push_str("use comm=0; split color=0; ");
+    }
+    for comm in 0..4 {
+        program.push_str(&format!("use comm={comm}; allreduce count=100; "));
+    }
+    program.push_str("barrier; hold; ");
+    for turn in 0..4 {
+        for rank in 0..2 {
+            let comm = if rank == 0 { turn } else { 3 - turn };
+            program.push_str(&format!(
+                "use comm={comm} on={rank}; stream i={comm} on={rank}; allreduce count=60000 call={} on={rank}; ",
+                100 + comm
+            ));
+        }
+    }
+    program.push_str("flush; ");
+    program.push_str(&"destroy; ".repeat(4));
+    let report = Job::new(Topology::one_host(2).gpus("sms=10"), &program)
+        .env("TWOSHOT_SIM_UNICAST_OCCUPANCY", 4)
+        .env("TWOSHOT_SIM_MULTICAST_OCCUPANCY", 1)
+        .env("TWOSHOT_SIM_DEVICE_BLOCKS", 10)
+        .env("TWOSHOT_TIMEOUT_MS", 15_000)
+        .run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for rank in 0..2 {
+        assert!(report.lines(rank).iter().any(|line| line.contains("multicast")), "{}", report.outcomes[rank]);
+        assert_eq!(report.counters(rank).1, 0, "{}", report.outcomes[rank]);
+    }
+}

@@ -11,7 +11,7 @@ use super::{Code, code, group, guard, inside, record_at_exit, result_of, stock, 
 use crate::call::{Call, DataType, ReduceOp};
 use crate::comm::{self, Buffers, Communicator, Ready, State, lost};
 use crate::config::Config;
-use crate::driver::{RawStream, capturing};
+use crate::driver::{RawStream, capturing, with_relaxed_capture};
 use crate::intercept::{CallConfig, Comm, Stock, Stream};
 use crate::route::{Plan, Reason, Route, decide};
 use crate::stats::{row_of, row_of_stock};
@@ -29,9 +29,20 @@ pub(super) fn set_up(
     if !matches!(communicator.state(), State::New) || capturing(stream) || !communicator.claim() {
         return Ok(());
     }
+    // Nothing is freed on the way, nor collected: what the program has queued may wait for peers that come to their part
+    // only behind this call. And the capture of some other thread is none of it.
+    let claimed = || set_up_claimed(stock, communicator, comm, stream);
+    let result = with_relaxed_capture(|| communicator.remains.keep(claimed));
+    if communicator.cancelled() {
+        // Its abort has come by meanwhile, or does not wait any more.
+        communicator.remains.lay_aside();
+    }
+    result
+}
+
+fn set_up_claimed(stock: &Stock, communicator: &Arc<Communicator>, comm: Comm, stream: RawStream) -> Result<(), Code> {
     watch_forks();
     record_at_exit();
-    comm::collect();
     let functions = &stock.nccl;
     let (mut rank, mut ranks, mut device) = (0, 0, 0);
     // SAFETY: the caller's communicator, which stock NCCL checks, and valid out-pointers.

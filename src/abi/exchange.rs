@@ -19,6 +19,14 @@ use crate::wire::{BLOB, Blob};
 const UINT8: i32 = 1;
 /// How often a rank says that it still waits.
 const REMINDER: Duration = Duration::from_secs(5);
+/// How often it looks for other reasons to stop.
+const TURN: Duration = Duration::from_millis(200);
+
+/// How long ranks that are all in set-up wait for each other, where a step has this deadline: what they do between two
+/// blobs takes a few of them at most.
+fn patience(deadline: Duration) -> Duration {
+    deadline * 3 + Duration::from_secs(10)
+}
 
 /// Memory that stock NCCL can read and write: pinned on the host, where speaking needs no copy that could fail, or,
 /// where there is none, on the device.
@@ -85,7 +93,7 @@ impl<'a> StockExchange<'a> {
             let both = move || Ok((Scratch::new(&of_device, bytes as u64)?, Stream::new(&of_device)?));
             tried("allocating device memory", deadline, both).map(|(memory, stream)| Buffer::Device(memory, stream))
         })?;
-        let patience = deadline * 3 + Duration::from_secs(10);
+        let patience = patience(deadline);
         let (buffer, own) = (ManuallyDrop::new(buffer), ManuallyDrop::new(own));
         let first = true;
         let in_flight = false;
@@ -139,10 +147,11 @@ impl<'a> StockExchange<'a> {
     }
 
     fn wait(&self, step: &'static str) -> Result<()> {
-        let start = Instant::now();
+        let mut waited = Duration::ZERO;
         let mut said = 0;
         loop {
-            let done = wait_for(&self.context, self.stream, Some(Duration::from_millis(200)))?;
+            let turn = Instant::now();
+            let done = wait_for(&self.context, self.stream, Some(TURN))?;
             // Asked in either case: a collective that failed ends its stream's work too.
             match self.async_error() {
                 code::SUCCESS | code::IN_PROGRESS => {}
@@ -151,7 +160,8 @@ impl<'a> StockExchange<'a> {
             if done {
                 return Ok(());
             }
-            let waited = start.elapsed();
+            // While this process was stopped, it did not wait.
+            waited += turn.elapsed().min(TURN * 2);
             if waited > REMINDER * (said + 1) {
                 said += 1;
                 warning!(
@@ -173,7 +183,8 @@ impl<'a> StockExchange<'a> {
 
 impl Drop for StockExchange<'_> {
     fn drop(&mut self) {
-        // Freeing would wait for a kernel that waits for a peer that may be gone; a few hundred bytes are the better loss.
+        // Freeing would wait for a kernel that waits for a peer that may be gone, or take memory from under one that stock
+        // NCCL has yet to start; a few hundred bytes are the better loss.
         if self.in_flight {
             return;
         }
@@ -217,10 +228,17 @@ impl Exchange for StockExchange<'_> {
             std::thread::sleep(Duration::from_millis(1));
         }
         self.wait(step)?;
-        self.in_flight = false;
         self.first = false;
         let mut bytes = vec![0; BLOB * self.ranks as usize];
         self.take(BLOB, &mut bytes).or_else(|_| self.take(BLOB, &mut bytes))?;
-        Ok(bytes.chunks_exact(BLOB).filter_map(|chunk| chunk.try_into().ok()).collect())
+        let blobs: Vec<Blob> = bytes.chunks_exact(BLOB).filter_map(|chunk| chunk.try_into().ok()).collect();
+        // A stream without work does not say that the AllGather ran: in a group that nobody told this library of, stock
+        // NCCL has only queued it.
+        self.in_flight = blobs.get(self.rank as usize) != Some(mine);
+        Ok(blobs)
+    }
+
+    fn grant(&mut self, deadline: Duration) {
+        self.patience = patience(deadline);
     }
 }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use super::collectives::{Arguments, Placement, before_stock, behind_stock, fault_or_launch, in_order, place, set_up};
 use super::order::behind_earlier_stock_in_group;
-use super::{Code, absent, code, guard, inside, stock, transparent};
+use super::{Code, absent, code, guard, inside, stock, thread, transparent};
 use crate::comm::{Communicator, State};
 use crate::driver::{RawStream, capturing};
 use crate::intercept::{Comm, Functions, Stock};
@@ -215,8 +215,12 @@ fn set_up_held(stock: &'static Stock, held: &[Held]) -> Code {
             .iter()
             .map(|first| {
                 let (communicator, comm, stream) = (Arc::clone(&first.communicator), first.comm as usize, first.stream);
-                let work = move || set_up(stock, &communicator, comm as Comm, stream);
-                let thread = std::thread::Builder::new().name("twoshot-group".into()).spawn_scoped(scope, work);
+                let work = || {
+                    let communicator = Arc::clone(&communicator);
+                    move || set_up(stock, &communicator, comm as Comm, stream)
+                };
+                // Peers are in set-up already, or will be: a rank that stays away is lost to them.
+                let thread = thread::start(scope, "twoshot-group", work);
                 if let Err(error) = &thread {
                     warning!(-1, "a thread for the set-up of a communicator could not be started: {error}");
                     first.communicator.settle();

@@ -205,6 +205,9 @@ fn end(comm: Comm, communicator: Arc<Communicator>, patience: Duration, abort: b
         drop(communicator);
         ready.release(patience, abort);
     } else {
+        if abort {
+            communicator.remains.lay_aside();
+        }
         drop(communicator);
     }
     if let Some(path) = &Settings::get().stats {
@@ -308,8 +311,10 @@ pub unsafe extern "C" fn ncclCommAbort(comm: Comm) -> Code {
         // SAFETY: the caller's own argument.
         let result = inside(|nccl| unsafe { (nccl.comm_abort)(comm) }, stock);
         if let Some(communicator) = communicator {
+            // Freeing what stock NCCL served would wait for stock NCCL's kernels of others.
+            let routed = matches!(communicator.state(), State::Ready(_));
             end(comm, communicator, ABORT_PATIENCE, true);
-            if comm::only_aborted_are_left() {
+            if routed && comm::only_aborted_are_left() {
                 comm::collect();
             }
         }

@@ -9,6 +9,7 @@ mod net;
 mod order;
 mod report;
 mod table;
+mod thread;
 mod tuner;
 
 pub use report::Description;

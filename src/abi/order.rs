@@ -9,7 +9,7 @@
 use std::ffi::c_void;
 use std::time::{Duration, Instant};
 
-use super::{Code, code, inside};
+use super::{Code, code, inside, thread};
 use crate::comm::{Communicator, Ready, State};
 use crate::config::Config;
 use crate::driver::RawStream;
@@ -52,8 +52,8 @@ pub(super) fn behind_earlier_stock_in_group(
     }
     let comm = comm as usize;
     std::thread::scope(|scope| {
-        let work = || behind_earlier_stock(stock, communicator, comm as Comm, stream);
-        match std::thread::Builder::new().name("twoshot-order".into()).spawn_scoped(scope, work) {
+        let work = || move || behind_earlier_stock(stock, communicator, comm as Comm, stream);
+        match thread::start(scope, "twoshot-order", work) {
             Ok(thread) => thread.join().unwrap_or(Err(code::INTERNAL)),
             Err(error) => {
                 warning!(ready.device(), "a thread for the order of two calls could not be started: {error}");

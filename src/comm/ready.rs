@@ -11,8 +11,8 @@ use parking_lot::Mutex;
 use crate::budget::{Memory, blocks};
 use crate::config::Config;
 use crate::driver::{
-    Args, Capture, Context, ControlPage, Event, Fault, Kernels, Launch, RawStream, bury, capture_of, dependent_launch,
-    nvtx, order_behind, reap, retain_for_graph, stream_number, with_relaxed_capture,
+    Args, Capture, Context, ControlPage, Event, Fault, Kernels, Launch, RawStream, Remains, bury, capture_of,
+    dependent_launch, nvtx, order_behind, reap, retain_for_graph, stream_number, with_relaxed_capture,
 };
 use crate::error::Result;
 use crate::layout::{Algorithm, HEADER, SPARE};
@@ -159,6 +159,7 @@ pub struct Ready {
     // Dropped in this order: kernels before the memory they work on.
     kernels: Kernels,
     workspace: Arc<(Workspace, Memory)>,
+    _remains: Remains,
     context: Arc<Context>,
     /// Blocks of the largest size that the device holds at once.
     capacity: u32,
@@ -166,7 +167,7 @@ pub struct Ready {
 
 impl Ready {
     /// Takes over what set-up established.
-    pub fn new(context: Arc<Context>, established: Established, rank: u32, config: &Config) -> Self {
+    pub fn new(context: Arc<Context>, established: Established, remains: Remains, rank: u32, config: &Config) -> Self {
         let Established { agreement, world, kernels, workspace, last, capacity, memory, .. } = established;
         let timeout_ns = config.timeout_ms.saturating_mul(1_000_000);
         ready_on(&context).fetch_add(1, Ordering::Relaxed);
@@ -183,6 +184,7 @@ impl Ready {
             last,
             kernels,
             workspace: Arc::new((workspace, memory)),
+            _remains: remains,
             context,
             capacity,
         }

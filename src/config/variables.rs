@@ -71,7 +71,11 @@ pub const VARIABLES: &[Variable] = &[
         "0",
         "Deadline of a kernel's wait for its peers in milliseconds; 0 waits for ever, as stock NCCL does.",
     ),
-    variable("TWOSHOT_SETUP_TIMEOUT_MS", "20000", "Deadline of one step of a communicator's set-up in milliseconds."),
+    variable(
+        "TWOSHOT_SETUP_TIMEOUT_MS",
+        "20000",
+        "Deadline of one step of a communicator's set-up in milliseconds; the ranks use the longest of all.",
+    ),
     variable(
         "TWOSHOT_HOST_ID",
         "(boot id)",

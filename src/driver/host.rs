@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::api::{call, sys};
 use super::context::Context;
+use super::later::let_go;
 use crate::error::{Error, Result};
 use crate::warning;
 
@@ -74,11 +75,14 @@ impl HostMemory {
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
-        // Tried without the context too: what the driver refuses then is reported.
-        let _entered = self.context.enter();
-        // SAFETY: allocated once, freed once; its users waited for the device.
-        if let Err(error) = unsafe { call!(self.context.api(), cuMemFreeHost(self.host)) } {
-            warning!(self.context.device().ordinal(), "{error}");
-        }
+        let (context, host) = (Arc::clone(&self.context), self.host as usize);
+        let_go(move || {
+            // Tried without the context too: what the driver refuses then is reported.
+            let _entered = context.enter();
+            // SAFETY: allocated once, freed once; its users waited for the device.
+            if let Err(error) = unsafe { call!(context.api(), cuMemFreeHost(host as *mut c_void)) } {
+                warning!(context.device().ordinal(), "{error}");
+            }
+        });
     }
 }

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use super::api::{call, sys};
 use super::context::Context;
 use super::host::HostMemory;
+use super::later::let_go;
 use super::stream::RawStream;
 use crate::call::Class;
 use crate::error::{Error, Result};
@@ -134,12 +135,15 @@ impl Module {
 
 impl Drop for Module {
     fn drop(&mut self) {
-        // Tried without the context too: what the driver refuses then is reported.
-        let _entered = self.context.enter();
-        // SAFETY: loaded once; every `Kernels` holds an `Arc` to us, so nothing launches from it any more.
-        if let Err(error) = unsafe { call!(self.context.api(), cuModuleUnload(self.raw)) } {
-            warning!(self.context.device().ordinal(), "{error}");
-        }
+        let (context, raw) = (Arc::clone(&self.context), self.raw as usize);
+        let_go(move || {
+            // Tried without the context too: what the driver refuses then is reported.
+            let _entered = context.enter();
+            // SAFETY: loaded once; every `Kernels` held an `Arc` to its owner, so nothing launches from it any more.
+            if let Err(error) = unsafe { call!(context.api(), cuModuleUnload(raw as sys::CUmodule)) } {
+                warning!(context.device().ordinal(), "{error}");
+            }
+        });
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::api::{call, sys};
 use super::context::Context;
+use super::later::let_go;
 use super::stream::Stream;
 use crate::error::{Error, Result};
 use crate::warning;
@@ -148,10 +149,13 @@ pub(super) fn export(
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        // SAFETY: created or imported once, released once; mappings hold their own reference in the driver.
-        if let Err(error) = unsafe { call!(self.context.api(), cuMemRelease(self.raw)) } {
-            warning!(self.context.device().ordinal(), "{error}");
-        }
+        let (context, raw) = (Arc::clone(&self.context), self.raw);
+        let_go(move || {
+            // SAFETY: created or imported once, released once; mappings hold their own reference in the driver.
+            if let Err(error) = unsafe { call!(context.api(), cuMemRelease(raw)) } {
+                warning!(context.device().ordinal(), "{error}");
+            }
+        });
     }
 }
 
@@ -181,10 +185,13 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        // SAFETY: reserved once; every `Mapping` in it holds an `Arc` to it, so none is left.
-        if let Err(error) = unsafe { call!(self.context.api(), cuMemAddressFree(self.address, self.bytes as usize)) } {
-            warning!(self.context.device().ordinal(), "{error}");
-        }
+        let (context, address, bytes) = (Arc::clone(&self.context), self.address, self.bytes as usize);
+        let_go(move || {
+            // SAFETY: reserved once; every `Mapping` in it holds an `Arc` to it, so none is left.
+            if let Err(error) = unsafe { call!(context.api(), cuMemAddressFree(address, bytes)) } {
+                warning!(context.device().ordinal(), "{error}");
+            }
+        });
     }
 }
 
@@ -193,9 +200,8 @@ pub struct Mapping {
     context: Arc<Context>,
     address: u64,
     bytes: u64,
-    // Dropped after `drop` ran, in this order.
-    _memory: Box<dyn Send + Sync>,
-    _reservation: Arc<Reservation>,
+    /// What it maps and where, let go in this order behind it.
+    keeps: Option<(Box<dyn Send + Sync>, Arc<Reservation>)>,
 }
 
 impl Mapping {
@@ -220,7 +226,7 @@ impl Mapping {
         // SAFETY: the range lies in our reservation, which the caller fills at disjoint offsets.
         unsafe { call!(api, cuMemMap(address, bytes as usize, 0, raw, 0)) }?;
         // From here on `drop` unmaps, also when opening the range fails.
-        let mapping = Self { context, address, bytes, _memory: memory, _reservation: Arc::clone(reservation) };
+        let mapping = Self { context, address, bytes, keeps: Some((memory, Arc::clone(reservation))) };
         let access = sys::CUmemAccessDesc {
             location: location(&mapping.context),
             flags: sys::CU_MEM_ACCESS_FLAGS_PROT_READWRITE as i32,
@@ -248,10 +254,15 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped once by `of`, and no kernel of this rank runs on it any more: the workspace waits first.
-        if let Err(error) = unsafe { call!(self.context.api(), cuMemUnmap(self.address, self.bytes as usize)) } {
-            warning!(self.context.device().ordinal(), "{error}");
-        }
+        let (context, address, bytes) = (Arc::clone(&self.context), self.address, self.bytes as usize);
+        let keeps = self.keeps.take();
+        let_go(move || {
+            // SAFETY: mapped once by `of`, and no kernel of this rank runs on it any more: the workspace waits first.
+            if let Err(error) = unsafe { call!(context.api(), cuMemUnmap(address, bytes)) } {
+                warning!(context.device().ordinal(), "{error}");
+            }
+            drop(keeps);
+        });
     }
 }
 
@@ -309,11 +320,14 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // Tried without the context too: what the driver refuses then is reported.
-        let _entered = self.context.enter();
-        // SAFETY: allocated once, freed once; every copy was waited for.
-        if let Err(error) = unsafe { call!(self.context.api(), cuMemFree_v2(self.address)) } {
-            warning!(self.context.device().ordinal(), "{error}");
-        }
+        let (context, address) = (Arc::clone(&self.context), self.address);
+        let_go(move || {
+            // Tried without the context too: what the driver refuses then is reported.
+            let _entered = context.enter();
+            // SAFETY: allocated once, freed once; every copy was waited for.
+            if let Err(error) = unsafe { call!(context.api(), cuMemFree_v2(address)) } {
+                warning!(context.device().ordinal(), "{error}");
+            }
+        });
     }
 }

@@ -7,6 +7,7 @@ mod context;
 mod copy;
 mod host;
 mod kernel;
+mod later;
 mod memory;
 mod multicast;
 mod nvml;
@@ -22,6 +23,7 @@ pub use context::{Context, Device, DeviceFacts, Entered};
 pub use copy::{Place, copy, current_ordinal, device_address, fill, ordinal_at};
 pub use host::HostMemory;
 pub use kernel::{Args, Control, ControlPage, Fault, Kernels, Launch, Module, SENTINEL, dependent_launch};
+pub use later::{Remains, Scope, let_go};
 pub use memory::{Allocation, HandleType, Imported, Mapping, Reservation, Scratch, Shareable, granularity};
 pub use multicast::{
     AllAdded, BarrierPassed, Claim, Created, Divided, Division, MOST_OBJECTS, MulticastObject, Part, Slot,

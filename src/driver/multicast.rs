@@ -8,11 +8,13 @@
 //! windows' (the driver maps from an object's start only); each communicator binds its own memory at its part.
 
 use std::marker::PhantomData;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::api::{check, sys};
 use super::context::Context;
+use super::later::let_go;
 use super::memory::{Allocation, HandleType, Imported, Mapping, Reservation, Shareable, export};
 use crate::error::{Error, Result};
 use crate::warning;
@@ -92,15 +94,21 @@ impl Division {
 struct Handle {
     context: Arc<Context>,
     raw: sys::CUmemGenericAllocationHandle,
+    /// Given back behind it.
+    slot: Option<Slot>,
 }
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        // SAFETY: created or imported once, released once; bindings and mappings hold an `Arc` to us.
-        let code = unsafe { (self.context.api().cuMemRelease)(self.raw) };
-        if let Err(error) = check("cuMemRelease", code) {
-            warning!(self.context.device().ordinal(), "{error}");
-        }
+        let (context, raw, slot) = (Arc::clone(&self.context), self.raw, self.slot.take());
+        let_go(move || {
+            // SAFETY: created or imported once, released once; bindings and mappings hold an `Arc` to its owner.
+            let code = unsafe { (context.api().cuMemRelease)(raw) };
+            if let Err(error) = check("cuMemRelease", code) {
+                warning!(context.device().ordinal(), "{error}");
+            }
+            drop(slot);
+        });
     }
 }
 
@@ -108,7 +116,6 @@ impl Drop for Handle {
 pub struct MulticastObject<State> {
     handle: Arc<Handle>,
     division: Division,
-    slot: Slot,
     state: PhantomData<State>,
 }
 
@@ -154,8 +161,8 @@ impl MulticastObject<Created> {
     }
 
     fn of(context: &Arc<Context>, raw: sys::CUmemGenericAllocationHandle, division: Division, slot: Slot) -> Self {
-        let handle = Arc::new(Handle { context: Arc::clone(context), raw });
-        Self { handle, division, slot, state: PhantomData }
+        let handle = Arc::new(Handle { context: Arc::clone(context), raw, slot: Some(slot) });
+        Self { handle, division, state: PhantomData }
     }
 
     /// Exports a handle for the other ranks.
@@ -177,17 +184,17 @@ impl MulticastObject<Created> {
 
     /// All ranks have added their devices.
     pub fn all_added(self, _proof: BarrierPassed) -> MulticastObject<AllAdded> {
-        MulticastObject { handle: self.handle, division: self.division, slot: self.slot, state: PhantomData }
+        MulticastObject { handle: self.handle, division: self.division, state: PhantomData }
     }
 }
 
 impl MulticastObject<AllAdded> {
     /// Maps all of it. What is mapped there may only be written with `multimem.st`, and only where a part is bound.
     pub fn map(self, align: u64) -> Result<Arc<Divided>> {
-        let Self { handle, division, slot, .. } = self;
+        let Self { handle, division, .. } = self;
         let reservation = Reservation::new(&handle.context, division.bytes(), align)?;
         let mapping = Mapping::of(&reservation, 0, handle.raw, division.bytes(), Box::new(Arc::clone(&handle)))?;
-        Ok(Arc::new(Divided { mapping, handle, division, free: AtomicU32::new(division.all()), _slot: slot }))
+        Ok(Arc::new(Divided { mapping, handle, division, free: AtomicU32::new(division.all()) }))
     }
 }
 
@@ -198,7 +205,6 @@ pub struct Divided {
     division: Division,
     // A bit for each part that nobody has claimed.
     free: AtomicU32,
-    _slot: Slot,
 }
 
 impl Divided {
@@ -238,7 +244,7 @@ impl Claim {
         let (offset, bytes) = (self.offset() as usize, division.part_bytes as usize);
         // SAFETY: live object and memory; the span lies in both and, by the claim, nothing else is bound there.
         check("cuMulticastBindMem", unsafe { bind(handle.raw, offset, memory.raw, 0, bytes, 0) })?;
-        Ok(Part { claim: self, _memory: Arc::clone(memory) })
+        Ok(Part { claim: ManuallyDrop::new(self), memory: Arc::clone(memory) })
     }
 }
 
@@ -252,9 +258,8 @@ impl Drop for Claim {
 
 /// A part with this rank's memory bound to it. Dropping it unbinds on that same device and gives the part back.
 pub struct Part {
-    // Dropped after `drop` ran, in this order.
-    claim: Claim,
-    _memory: Arc<Allocation>,
+    claim: ManuallyDrop<Claim>,
+    memory: Arc<Allocation>,
 }
 
 impl Part {
@@ -271,16 +276,22 @@ impl Part {
 
 impl Drop for Part {
     fn drop(&mut self) {
-        let Divided { handle, division, .. } = &*self.claim.object;
-        let context = &handle.context;
-        let Some(unbind) = context.api().cuMulticastUnbind else { return };
-        let (offset, bytes) = (self.claim.offset() as usize, division.part_bytes as usize);
-        // SAFETY: bound once with exactly this device and span; no kernel of this communicator runs any more.
-        let code = unsafe { unbind(handle.raw, context.device().raw(), offset, bytes) };
-        if let Err(error) = check("cuMulticastUnbind", code) {
-            warning!(context.device().ordinal(), "{error}");
-            self.claim.stuck = true;
-        }
+        // SAFETY: taken once, here; nothing uses the field afterwards.
+        let mut claim = unsafe { ManuallyDrop::take(&mut self.claim) };
+        let memory = Arc::clone(&self.memory);
+        let_go(move || {
+            let Divided { handle, division, .. } = &*claim.object;
+            let context = &handle.context;
+            let Some(unbind) = context.api().cuMulticastUnbind else { return };
+            let (offset, bytes) = (claim.offset() as usize, division.part_bytes as usize);
+            // SAFETY: bound once with exactly this device and span; no kernel of this communicator runs any more.
+            let code = unsafe { unbind(handle.raw, context.device().raw(), offset, bytes) };
+            if let Err(error) = check("cuMulticastUnbind", code) {
+                warning!(context.device().ordinal(), "{error}");
+                claim.stuck = true;
+            }
+            drop((claim, memory));
+        });
     }
 }
 

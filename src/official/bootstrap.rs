@@ -55,7 +55,7 @@ impl TcpExchange {
     pub fn connect(root: Handle, ranks: u32, rank: u32, listener: &Listener, deadline: Duration) -> Result<Self> {
         let until = Instant::now() + deadline;
         let links = if rank == 0 { meet(listener, ranks, until)? } else { vec![call(root, ranks, rank, until)?] };
-        Ok(Self { rank, ranks, links, patience: deadline * 3 + Duration::from_secs(10) })
+        Ok(Self { rank, ranks, links, patience: patience(deadline) })
     }
 
     /// Says that this rank has ended, and waits at most `patience` for all others to say so: whether they did. A rank
@@ -94,6 +94,10 @@ impl TcpExchange {
     }
 }
 
+fn patience(deadline: Duration) -> Duration {
+    deadline * 3 + Duration::from_secs(10)
+}
+
 impl Exchange for TcpExchange {
     fn ranks(&self) -> u32 {
         self.ranks
@@ -109,6 +113,10 @@ impl Exchange for TcpExchange {
             self.links.iter().for_each(|link| drop(link.shutdown(std::net::Shutdown::Both)));
         })?;
         Ok(all.chunks_exact(BLOB).filter_map(|chunk| chunk.try_into().ok()).collect())
+    }
+
+    fn grant(&mut self, deadline: Duration) {
+        self.patience = patience(deadline);
     }
 }
 

@@ -23,6 +23,27 @@ pub struct Limits {
 
 /// The limits. A window takes at most `memory` bytes before they are rounded.
 pub fn limits(domain: &Domain, config: &Config, resident: u32, memory: u64) -> Option<Limits> {
+    let (world, row) = asked(domain, config);
+    let (oneshot_bytes, twoshot_bytes) = payloads(config, row);
+    let (oneshot_bytes, piece_bytes) = within(world.ranks, memory, oneshot_bytes, twoshot_bytes.min(PIECE))?;
+    let layout = Layout::for_payloads(world.ranks, oneshot_bytes, piece_bytes)?;
+    // Address ranges beyond this are a typing error in a limit, not a workspace.
+    if layout.window_bytes().checked_mul(u64::from(world.ranks))? > 1 << 42 {
+        return None;
+    }
+    Some(settled(domain, config, resident, (world, row), layout, (oneshot_bytes, piece_bytes)))
+}
+
+/// The limits where the windows are there already.
+pub fn limits_in(domain: &Domain, config: &Config, resident: u32, layout: Layout) -> Limits {
+    let (world, row) = asked(domain, config);
+    let (oneshot_bytes, twoshot_bytes) = payloads(config, row);
+    let oneshot_bytes = oneshot_bytes.min(layout.largest(Algorithm::OneShot));
+    let piece_bytes = twoshot_bytes.min(PIECE).min(layout.largest(Algorithm::TwoShot));
+    settled(domain, config, resident, (world, row), layout, (oneshot_bytes, piece_bytes))
+}
+
+fn asked(domain: &Domain, config: &Config) -> (World, Row) {
     let ranks = domain.facts.len() as u32;
     let Domain { arch, multicast, hosts, nccl, .. } = *domain;
     let world = World { ranks, arch, multicast, hosts, nccl };
@@ -30,24 +51,29 @@ pub fn limits(domain: &Domain, config: &Config, resident: u32, memory: u64) -> O
         (Tuned::Agreed, Some(Ok(tuning))) => tuning.row(world).unwrap_or_else(|| row(world)),
         _ => row(world),
     };
-    let (oneshot_bytes, twoshot_bytes) = payloads(config, row);
-    let (oneshot_bytes, piece_bytes) = within(ranks, memory, oneshot_bytes, twoshot_bytes.min(PIECE))?;
+    (world, row)
+}
+
+fn settled(
+    domain: &Domain,
+    config: &Config,
+    resident: u32,
+    (world, row): (World, Row),
+    layout: Layout,
+    (oneshot_bytes, piece_bytes): (u64, u64),
+) -> Limits {
+    let twoshot_bytes = payloads(config, row).1;
     // Where memory is short, what would take many launches is stock NCCL's.
     let short = piece_bytes < twoshot_bytes.min(PIECE);
     let twoshot_bytes = if short { piece_bytes } else { twoshot_bytes };
-    let layout = Layout::for_payloads(ranks, oneshot_bytes, piece_bytes)?;
-    // Address ranges beyond this are a typing error in a limit, not a workspace.
-    if layout.window_bytes().checked_mul(u64::from(ranks))? > 1 << 42 {
-        return None;
-    }
     let most = domain.blocks.min(resident).max(1);
     let blocks = if domain.chosen_blocks { most } else { row.blocks.min(most) };
     let tuned = domain.chosen_blocks || row.source == Source::File;
     let small_blocks = if tuned { blocks } else { blocks.max(SMALL_BLOCKS.min(most)) };
-    let min_bytes = config.min_bytes;
+    let (ranks, min_bytes) = (world.ranks, config.min_bytes);
     let agreement =
         Agreement { ranks, layout, min_bytes, oneshot_bytes, twoshot_bytes, piece_bytes, blocks, small_blocks };
-    Some(Limits { agreement, world, row })
+    Limits { agreement, world, row }
 }
 
 /// The largest payloads of one-shot and of two-shot: the user's word, else the table's.

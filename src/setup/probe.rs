@@ -71,6 +71,7 @@ pub fn facts(
 ) -> Facts {
     let mut facts = Facts { ranks, rank, config: config.digest(), build: build(), ..Facts::default() };
     facts.nccl = request.nccl;
+    facts.deadline_ms = u32::try_from(config.setup_timeout_ms).unwrap_or(u32::MAX);
     facts.tuning = match &config.tuning {
         None => 0,
         Some(Ok(tuning)) => tuning.digest(),

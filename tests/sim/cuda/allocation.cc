@@ -1,4 +1,5 @@
 // Allocation objects: creation, reference counts, sharing between processes.
+#include "context.h"
 #include "memory.h"
 
 #include "multicast.h"
@@ -237,6 +238,7 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t bytes, const C
 
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
     SIM_ENTRY(kUnsafe);
+    free_waits();
     {
         std::lock_guard<std::mutex> lock(memory_mutex());
         Allocation* a = find_allocation(handle);

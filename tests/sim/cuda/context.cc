@@ -5,6 +5,7 @@
 #include "streams.h"
 
 #include <atomic>
+#include <cstdlib>
 
 namespace twoshot::sim {
 namespace {
@@ -55,6 +56,12 @@ CUresult current_context(CUcontext* context) {
     if (!context_alive(top)) return CUDA_ERROR_CONTEXT_IS_DESTROYED;
     *context = top;
     return CUDA_SUCCESS;
+}
+
+void free_waits() {
+    static const bool waits = getenv("TWOSHOT_SIM_FREES_WAIT") != nullptr;
+    if (!waits) return;
+    for (CUcontext context : table()) drain(context);
 }
 
 }  // namespace twoshot::sim

@@ -4,6 +4,7 @@
 
 #include <dlfcn.h>
 #include <signal.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -21,7 +22,7 @@ struct Rule {
     std::string call;
     unsigned long nth = 0;
     int code = 0;
-    long delay_ms = 0, for_ms = 0;
+    long delay_ms = 0, stop_ms = 0, for_ms = 0;
     std::atomic<int64_t> first_ms{0};
     bool block = false, kill = false, sticky = false;
     std::atomic<unsigned long> uses{0};
@@ -59,17 +60,30 @@ std::vector<Rule*> parse() {
             else if (key == "code") rule->code = atoi(value);
             else if (key == "for") rule->for_ms = atol(value);
             else if (key == "delay") rule->delay_ms = atol(value);
+            else if (key == "stop") rule->stop_ms = atol(value);
             else if (key == "block") rule->block = true;
             else if (key == "kill") rule->kill = true;
             else if (key == "sticky") rule->sticky = true;
             else die("fault rule `%s`: unknown word `%s`", one.c_str(), word.c_str());
         }
-        if (rule->call.empty() || !(rule->code || rule->delay_ms || rule->block || rule->kill))
+        if (rule->call.empty() || !(rule->code || rule->delay_ms || rule->stop_ms || rule->block || rule->kill))
             die("fault rule `%s` names no call or no effect", one.c_str());
         if (mine) rules.push_back(rule);
         else delete rule;
     }
     return rules;
+}
+
+// Every thread of the process stands still; a child wakes it.
+void stop_for(long ms) {
+    pid_t own = getpid(), child = fork();
+    if (child == 0) {
+        usleep(useconds_t(ms) * 1000);
+        kill(own, SIGCONT);
+        _exit(0);
+    }
+    raise(SIGSTOP);
+    waitpid(child, nullptr, 0);
 }
 
 const std::vector<Rule*>& rules() {
@@ -117,6 +131,7 @@ int apply(const char* name) {
             if (now - rule->first_ms > rule->for_ms) continue;
         }
         if (rule->delay_ms) usleep(useconds_t(rule->delay_ms) * 1000);
+        if (rule->stop_ms) stop_for(rule->stop_ms);
         if (rule->kill) {
             dprintf(2, "twoshot-sim: fault rule kills this process in %s\n", name);
             raise(SIGKILL);

@@ -1,7 +1,8 @@
 // Fault rules of TWOSHOT_SIM_FAULTS: `;`-separated
-//   [rank=R,]call=NAME,nth=K,<code=N | block | delay=MS | kill>[,sticky]
+//   [rank=R,]call=NAME,nth=K,<code=N | block | delay=MS | stop=MS | kill>[,sticky]
 // NAME is an exported entry, with or without its version suffix; nth=0 means
-// every use, K the K-th use by this process. `sticky` makes every later call of
+// every use, K the K-th use by this process. `stop` stops the whole
+// process for so long, as a debugger does. `sticky` makes every later call of
 // this process return the same code, as a poisoned context does.
 //
 // TWOSHOT_SIM_CALLER names a library: rules then concern its calls alone, not

@@ -57,7 +57,14 @@ uint64_t number(const char* name) {
 int occupancy(const Kernel& kernel, unsigned threads) {
     unsigned warps = (threads + 31) / 32 * 32;
     unsigned by_threads = 2048 / warps, by_registers = 65536 / (unsigned(std::max(kernel.registers, 1)) * warps);
-    return int(std::min({by_threads, by_registers, 32u}));
+    unsigned blocks = std::min({by_threads, by_registers, 32u});
+    // Kernels that push through a multicast address may need more of a multiprocessor than those that do not.
+    static const unsigned unicast = unsigned(number("TWOSHOT_SIM_UNICAST_OCCUPANCY"));
+    static const unsigned multicast = unsigned(number("TWOSHOT_SIM_MULTICAST_OCCUPANCY"));
+    const char* wire = strrchr(kernel.name, '_');
+    if (unicast && wire && !strcmp(wire, "_uc")) return int(unicast);
+    if (multicast && wire && !strcmp(wire, "_mc")) return int(multicast);
+    return int(blocks);
 }
 
 // The blocks that are free on a device, where it holds TWOSHOT_SIM_DEVICE_BLOCKS at once, whatever launches they are of.
@@ -160,6 +167,7 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
 
 CUresult cuModuleUnload(CUmodule handle) {
     SIM_ENTRY(kUnsafe);
+    free_waits();
     auto module = modules().remove(handle);
     if (!module) return gone(handle);
     for (auto& entry : module->functions) functions().remove(entry.second);

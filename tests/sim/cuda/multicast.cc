@@ -1,5 +1,6 @@
 // Multicast objects: creation, devices, bindings. Many processes take part in
 // one object; what they share lies in its file.
+#include "context.h"
 #include "multicast.h"
 
 #include "session.h"
@@ -199,6 +200,7 @@ CUresult cuMulticastBindMem(CUmemGenericAllocationHandle handle, size_t offset, 
 
 CUresult cuMulticastUnbind(CUmemGenericAllocationHandle handle, CUdevice device, size_t offset, size_t bytes) {
     SIM_ENTRY(kUnsafe);
+    free_waits();
     if (device < 0 || size_t(device) >= visible_gpus().size()) return CUDA_ERROR_INVALID_DEVICE;
     GpuId gpu = visible_gpu(device);
     std::lock_guard<std::mutex> lock(memory_mutex());

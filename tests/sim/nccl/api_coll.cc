@@ -1,4 +1,6 @@
 // The public API: reduction operators, collectives, point to point. Argument checks here, work in group.cc and ops.cc.
+#include <alloca.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -25,7 +27,16 @@ bool rooted(Call call) {
          call == Call::kSend || call == Call::kRecv;
 }
 
+// `SIM_NCCL_STACK=BYTES`: a collective needs so much stack, as one that connects its peers does.
+void use_stack() {
+  static const size_t bytes = size_t(env_number("SIM_NCCL_STACK", 0));
+  if (!bytes) return;
+  auto* at = static_cast<volatile char*>(alloca(bytes));
+  for (size_t i = bytes; i >= 4096; i -= 4096) at[i - 1] = 1;
+}
+
 ncclResult_t submit(Op op, ncclComm_t comm, cudaStream_t stream) {
+  use_stack();
   if (reenter()) {
     int count = 0;
     ncclCommCount(comm, &count);

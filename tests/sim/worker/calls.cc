@@ -400,6 +400,7 @@ ncclResult_t Driver::sync(Lane& lane) {
 }
 
 void Driver::run_calls(std::vector<Call>& calls) {
+  if (calls.empty()) return;
   std::vector<Call*> live;
   for (Call& c : calls) {
     if (c.member.comm) live.push_back(&c);

@@ -1,4 +1,5 @@
 // Everything of the script that is no collective: life of communicators, errors, barriers, facts. See worker.h.
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/stat.h>
@@ -205,10 +206,16 @@ bool Driver::dispatch(const Statement& s) {
     meminfo(s);
   } else if (n == "process") {
     process(s);
+  } else if (n == "describe") {
+    for (Lane* lane : concerned(s)) note(description(lane->member().comm));
   } else if (n == "facts") {
     facts(s);
   } else if (n == "group_start" || n == "group_end") {
     group(s, n == "group_start");
+  } else if (n == "hidden_group_start" || n == "hidden_group_end") {
+    hidden_group(s, n == "hidden_group_start");
+  } else if (n == "begin_capture" || n == "end_capture") {
+    foreign_capture(s, n == "begin_capture");
   } else if (n == "use") {
     for (Lane* lane : concerned(s)) lane->comm = size_t(s.number("comm", 0));
   } else if (n == "stream") {
@@ -647,6 +654,33 @@ void Driver::group(const Statement& s, bool start) {
   for (Call& c : pending_) result = settle(c.member, result);
   accept(result, "ncclGroupEnd");
   finish_pending();
+}
+
+// A group by NCCL's other names for its functions, which a program finds by itself.
+void Driver::hidden_group(const Statement& s, bool start) {
+  if (concerned(s).empty()) return;
+  using Function = ncclResult_t (*)();
+  auto function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, start ? "pncclGroupStart" : "pncclGroupEnd"));
+  if (!function) throw std::runtime_error("NCCL has no such function");
+  in_group_ += start ? 1 : -1;
+  if (accept(function(), "a group by its other name") && in_group_ == 0) finish_pending();
+}
+
+// `begin_capture mode=M`: a capture that has nothing to do with any communicator, until `end_capture`.
+void Driver::foreign_capture(const Statement& s, bool begin) {
+  std::string name = s.text("mode", "global");
+  CUstreamCaptureMode mode = name == "global" ? CU_STREAM_CAPTURE_MODE_GLOBAL : CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+  for (Lane* lane : concerned(s)) {
+    use_lane(*lane);
+    if (begin) {
+      accept_cuda(cuStreamBeginCapture_v2(lane->current(), mode), "cuStreamBeginCapture");
+      continue;
+    }
+    CUgraph made = nullptr;
+    if (accept_cuda(cuStreamEndCapture(lane->current(), &made), "cuStreamEndCapture")) {
+      accept_cuda(cuGraphDestroy(made), "cuGraphDestroy");
+    }
+  }
 }
 
 }  // namespace worker

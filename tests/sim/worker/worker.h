@@ -194,6 +194,8 @@ class Driver {
   void facts(const Statement& s);
   bool another_round(const Statement& s, std::chrono::steady_clock::time_point started);
   void group(const Statement& s, bool start);
+  void hidden_group(const Statement& s, bool start);
+  void foreign_capture(const Statement& s, bool begin);
   void drop_member(Lane& lane);
 
   // hostile.cc
@@ -236,5 +238,7 @@ std::string json_escape(const std::string& text);
 std::string counters();
 // AllReduce calls that the library under test took itself and left to NCCL, if it counts them.
 bool paths(uint64_t* routed, uint64_t* stock);
+// What it says of a communicator, if it says anything.
+std::string description(ncclComm_t comm);
 
 }  // namespace worker
