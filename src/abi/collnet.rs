@@ -39,7 +39,7 @@ unsafe extern "C" fn init_with_context(context: *mut *mut c_void, _: u64, _: ncc
 }
 
 unsafe extern "C" fn finalize(_: *mut c_void) -> Code {
-    code::SUCCESS
+    guard(super::net::communicator_ends)
 }
 
 /// # Safety

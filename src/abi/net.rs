@@ -109,6 +109,14 @@ unsafe extern "C" fn devices(count: *mut c_int) -> Code {
 }
 
 unsafe extern "C" fn finalize(_: *mut c_void) -> Code {
+    guard(communicator_ends)
+}
+
+/// What connects of the collective network have left behind, where NCCL ends a communicator or makes one.
+pub(super) fn communicator_ends() -> Code {
+    if collnet_mode() {
+        crate::comm::collect();
+    }
     code::SUCCESS
 }
 
