@@ -15,6 +15,11 @@ const char *twoshot_version(void);
  * and over all communicators. Either pointer may be null. Returns 0. */
 int twoshot_counters(uint64_t *routed, uint64_t *stock);
 
+/* What senders of the official door's network (TWOSHOT_MODE=collnet) have done in this process, into five numbers:
+ * messages sent straight into registered memory, their bytes, messages sent through windows, their bytes, and memories
+ * that have no straight way. Returns 0, or ncclInvalidArgument. */
+int twoshot_network_counters(uint64_t *five);
+
 /* What a communicator's ranks agreed on. */
 struct twoshot_communicator {
   uint32_t size;      /* set by the caller: sizeof(struct twoshot_communicator) */

@@ -62,6 +62,9 @@ pub enum Error {
     /// A kernel reported a fault.
     #[error("a kernel reported {0}")]
     Kernel(String),
+    /// Memory that a peer cannot be given.
+    #[error("the memory cannot be shared: {0}")]
+    Unshared(&'static str),
     /// Our own mistake.
     #[error("bug in twoshot, please report: {0}")]
     Bug(&'static str),
@@ -80,6 +83,7 @@ impl Error {
             | Self::Protocol(_)
             | Self::WrongAnswer(_)
             | Self::Kernel(_)
+            | Self::Unshared(_)
             | Self::Bug(_) => 0,
         }
     }

@@ -21,6 +21,10 @@ use rustix::net::{
 
 use crate::error::{Error, Result};
 
+mod channel;
+
+pub use channel::{Channel, Received};
+
 const HELLO: usize = 16 + 4 + 1;
 
 fn system(what: &'static str) -> impl Fn(Errno) -> Error {

@@ -55,7 +55,7 @@ pub(crate) fn result_of(error: &Error) -> Code {
         Error::Nvml { .. } | Error::NvmlLibrary(_) | Error::System { .. } => code::SYSTEM,
         Error::Stock { code, .. } => *code,
         Error::Peer { .. } | Error::Deadline(_) | Error::Protocol(_) | Error::Kernel(_) => code::REMOTE,
-        Error::WrongAnswer(_) | Error::Bug(_) => code::INTERNAL,
+        Error::WrongAnswer(_) | Error::Unshared(_) | Error::Bug(_) => code::INTERNAL,
     }
 }
 
@@ -203,6 +203,8 @@ pub(crate) fn plugin_loaded(inside_nccl: *const c_void) {
     if collnet_mode() {
         watch_forks();
         record_at_exit();
+        // NCCL 2.22 to 2.26 close the library with their last communicator; connections have threads of ours.
+        intercept::pin_library();
         return;
     }
     // A tuner would be asked for its opinion of every collective.

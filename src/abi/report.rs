@@ -24,6 +24,22 @@ pub unsafe extern "C" fn twoshot_counters(routed: *mut u64, stock: *mut u64) -> 
     0
 }
 
+/// Writes what senders of the official door's network have done in this process: messages sent straight into registered
+/// memory, their bytes, messages sent through windows, their bytes, and memories that have no straight way. Returns 0, or
+/// `ncclInvalidArgument` for a null pointer.
+///
+/// # Safety
+/// `out` is null or valid for five 64-bit integers.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn twoshot_network_counters(out: *mut u64) -> c_int {
+    if out.is_null() {
+        return code::ARGUMENT;
+    }
+    // SAFETY: the caller's promise.
+    unsafe { out.cast::<[u64; 5]>().write_unaligned(crate::official::net::totals()) };
+    code::SUCCESS
+}
+
 /// The version of this library, as text that lives as long as the program.
 #[unsafe(no_mangle)]
 pub extern "C" fn twoshot_version() -> *const c_char {

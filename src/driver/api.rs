@@ -118,6 +118,9 @@ api! {
         cuFuncLoad(CUfunction);
         cuCtxGetId(CUcontext, *mut c_ulonglong);
         cuStreamGetId(CUstream, *mut c_ulonglong);
+        cuMemRetainAllocationHandle(*mut CUmemGenericAllocationHandle, *mut c_void);
+        cuMemGetAllocationPropertiesFromHandle(*mut CUmemAllocationProp, CUmemGenericAllocationHandle);
+        cuMemGetAddressRange_v2(*mut CUdeviceptr, *mut usize, CUdeviceptr);
         cuStreamGetCaptureInfo_v2(CUstream, *mut CUstreamCaptureStatus, *mut cuuint64_t, *mut CUgraph, *mut *const CUgraphNode, *mut usize);
         cuStreamUpdateCaptureDependencies(CUstream, *mut CUgraphNode, usize, c_uint);
         cuStreamGetCaptureInfo_v3(CUstream, *mut CUstreamCaptureStatus, *mut cuuint64_t, *mut CUgraph, *mut *const CUgraphNode, *mut *const c_void, *mut usize);

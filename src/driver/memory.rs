@@ -100,6 +100,11 @@ impl Allocation {
         Ok(Arc::new(Self { context: Arc::clone(context), raw, bytes }))
     }
 
+    /// Takes over a handle to be released.
+    pub(super) fn adopt(context: &Arc<Context>, raw: sys::CUmemGenericAllocationHandle, bytes: u64) -> Self {
+        Self { context: Arc::clone(context), raw, bytes }
+    }
+
     /// Gives the handle up to another owner type.
     pub(super) fn into_raw(self) -> sys::CUmemGenericAllocationHandle {
         let this = std::mem::ManuallyDrop::new(self);

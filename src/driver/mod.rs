@@ -13,6 +13,7 @@ mod multicast;
 mod nvml;
 pub mod nvtx;
 mod page;
+mod retained;
 mod stopwatch;
 mod stream;
 
@@ -30,6 +31,7 @@ pub use multicast::{
     multicast_granularity,
 };
 pub use nvml::{FabricFacts, FabricState, fabric_facts, fabric_state, gpus, nvlink_between};
-pub use page::{link_of, published};
+pub use page::{SharedWords, link_of, published};
+pub use retained::Retained;
 pub use stopwatch::Stopwatch;
 pub use stream::{Event, RawStream, Stream, stream_number, wait_for};

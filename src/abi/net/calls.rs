@@ -7,9 +7,10 @@ use super::super::table::bindings::*;
 use super::super::table::{hand_out, put};
 use super::super::{Code, code, guard, on_progress_thread, result_of};
 use super::ours;
+use crate::driver::with_relaxed_capture;
 use crate::error::Error;
 use crate::official::address::HANDLE;
-use crate::official::net::{Buffer, GROUP, RecvComm, Request, SendComm, accept, close_listen, connect, listen};
+use crate::official::net::{Buffer, Comm, GROUP, Request, accept, close_listen, connect, listen};
 use crate::warning;
 
 fn failed(what: &str, error: &Error) -> Code {
@@ -129,24 +130,34 @@ pub(super) unsafe extern "C" fn accept_from<D>(
     })
 }
 
-/// What stands for a registration: nothing is mapped, but copies have to know what kind of memory it is.
-///
+/// What stands for a registration: the kind of memory, in the lowest bits, and above them the number under which the other
+/// end may write to it, if it may.
+const KIND: usize = 3;
+const ABOVE: u32 = 2;
+const _: () = assert!(NCCL_PTR_HOST as usize | NCCL_PTR_CUDA as usize == KIND && usize::BITS == 64);
+
 /// # Safety
-/// `out` is null or NCCL's own variable.
+/// NCCL's contract: `comm` is a live connection or null, `out` is null or its own variable.
 pub(super) unsafe extern "C" fn reg_mr(
-    _: *mut c_void,
-    _: *mut c_void,
-    _: usize,
+    comm: *mut c_void,
+    address: *mut c_void,
+    size: usize,
     kind: c_int,
     out: *mut *mut c_void,
 ) -> Code {
-    let known = [NCCL_PTR_HOST as c_int, NCCL_PTR_CUDA as c_int].contains(&kind);
-    if !ours() || !known {
-        return code::INTERNAL;
-    }
-    // SAFETY: the caller's promise.
-    unsafe { put(out, kind as usize as *mut c_void) };
-    code::SUCCESS
+    guard(|| {
+        let known = [NCCL_PTR_HOST as c_int, NCCL_PTR_CUDA as c_int].contains(&kind);
+        if !ours() || !known {
+            return code::INTERNAL;
+        }
+        // SAFETY: the caller's promise.
+        let comm = unsafe { comm.cast::<Comm>().as_ref() }.filter(|_| kind == NCCL_PTR_CUDA as c_int);
+        let register = |comm: &Comm| with_relaxed_capture(|| comm.register(address as u64, size as u64));
+        let number = comm.and_then(register).unwrap_or(0) as usize;
+        // SAFETY: as above.
+        unsafe { put(out, (number << ABOVE | kind as usize) as *mut c_void) };
+        code::SUCCESS
+    })
 }
 
 /// # Safety
@@ -160,16 +171,29 @@ pub(super) unsafe extern "C" fn reg_mr_dma_buf(
     _: c_int,
     out: *mut *mut c_void,
 ) -> Code {
-    // SAFETY: as above.
+    // SAFETY: as above. The descriptor is the caller's; the address says all that is needed.
     unsafe { reg_mr(comm, address, size, kind, out) }
 }
 
-pub(super) unsafe extern "C" fn dereg_mr(_: *mut c_void, _: *mut c_void) -> Code {
-    code::SUCCESS
+/// # Safety
+/// NCCL's contract: `comm` is a live connection or null.
+pub(super) unsafe extern "C" fn dereg_mr(comm: *mut c_void, mr: *mut c_void) -> Code {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let comm = unsafe { comm.cast::<Comm>().as_ref() }.filter(|_| ours());
+        if let (Some(comm), Some(number)) = (comm, number_of(mr)) {
+            with_relaxed_capture(|| comm.deregister(number));
+        }
+        code::SUCCESS
+    })
 }
 
 fn on_host(mr: *mut c_void) -> bool {
-    mr as usize == NCCL_PTR_HOST as usize
+    mr as usize & KIND == NCCL_PTR_HOST as usize
+}
+
+fn number_of(mr: *mut c_void) -> Option<u32> {
+    u32::try_from(mr as usize >> ABOVE).ok().filter(|number| *number > 0)
 }
 
 type Issued<'a> = crate::error::Result<Option<&'a Arc<Request>>>;
@@ -202,7 +226,7 @@ pub(super) unsafe extern "C" fn isend(
 ) -> Code {
     on_progress_thread(|| {
         // SAFETY: the caller's promise.
-        let Some(comm) = (unsafe { comm.cast::<SendComm>().as_ref() }).filter(|_| ours()) else {
+        let Some(comm) = (unsafe { comm.cast::<Comm>().as_ref() }).filter(|_| ours()) else {
             return code::INTERNAL;
         };
         let issued = comm.send(address as u64, on_host(mr), size as u64, tag);
@@ -256,7 +280,7 @@ pub(super) unsafe extern "C" fn irecv<S: Copy + TryInto<u64>>(
 ) -> Code {
     on_progress_thread(|| {
         // SAFETY: the caller's promise.
-        let Some(comm) = (unsafe { comm.cast::<RecvComm>().as_ref() }).filter(|_| ours()) else {
+        let Some(comm) = (unsafe { comm.cast::<Comm>().as_ref() }).filter(|_| ours()) else {
             return code::INTERNAL;
         };
         let Some(count) = usize::try_from(count).ok().filter(|count| *count <= GROUP) else { return code::INTERNAL };
@@ -265,7 +289,7 @@ pub(super) unsafe extern "C" fn irecv<S: Copy + TryInto<u64>>(
             // SAFETY: as above.
             let (address, size, tag, mr) = unsafe { (*addresses.add(i), *sizes.add(i), *tags.add(i), *mrs.add(i)) };
             let Ok(size) = size.try_into() else { return code::INTERNAL };
-            *buffer = Buffer { address: address as u64, host: on_host(mr), size, tag };
+            *buffer = Buffer { address: address as u64, host: on_host(mr), size, tag, registration: number_of(mr) };
         }
         let issued = comm.receive(&buffers[..count]);
         // SAFETY: as above.
@@ -290,7 +314,8 @@ pub(super) unsafe extern "C" fn irecv_profiled(
     unsafe { irecv(comm, count, addresses, sizes, tags, mrs, request) }
 }
 
-/// Nothing to flush: a receive is done when the GPU's own copy is.
+/// Nothing to flush: a receive is done when the copies that fill it are, this GPU's own or its peer's, and both write to
+/// this GPU's memory as its kernels see it.
 ///
 /// # Safety
 /// `request` is null or NCCL's own variable.
@@ -340,7 +365,7 @@ pub(super) unsafe extern "C" fn close_send(comm: *mut c_void) -> Code {
     guard(|| {
         if !comm.is_null() && ours() {
             // SAFETY: the caller's promise: the reference that the connect gave away.
-            unsafe { Arc::from_raw(comm.cast::<SendComm>().cast_const()) }.close();
+            unsafe { Arc::from_raw(comm.cast::<Comm>().cast_const()) }.close();
         }
         code::SUCCESS
     })
@@ -352,7 +377,7 @@ pub(super) unsafe extern "C" fn close_recv(comm: *mut c_void) -> Code {
     guard(|| {
         if !comm.is_null() && ours() {
             // SAFETY: the caller's promise: the reference that the accept gave away.
-            unsafe { Arc::from_raw(comm.cast::<RecvComm>().cast_const()) }.close();
+            unsafe { Arc::from_raw(comm.cast::<Comm>().cast_const()) }.close();
         }
         code::SUCCESS
     })

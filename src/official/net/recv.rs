@@ -1,4 +1,5 @@
-//! The receiving end: it says which buffers wait, and takes what the sender puts into the window's slots.
+//! The receiving end: it says which buffers wait, hears which have been filled straight, and takes what the sender puts
+//! into the window's slots.
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -6,12 +7,18 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
-use super::link::{Link, SLOT, SLOTS};
+use super::announce::Announcements;
+use super::link::{Link, SLOTS};
 use super::request::{GROUP, Progress, REQUESTS, Request};
-use super::send::{lost, settle};
-use super::wire::{Frame, NO_SLOT};
+use super::send::lost;
+use super::wire::{Frame, NO_MEMORY, NO_SLOT};
 use crate::driver::{HandleType, Place, copy};
 use crate::error::{Error, Result};
+
+/// Receives that the sender knows of, above which it can do without the next one for a moment.
+const ENOUGH: usize = 2;
+/// Slots that it can do without.
+const SPARE: usize = SLOTS / 4;
 
 /// One buffer of a receive, as NCCL states it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -24,12 +31,18 @@ pub struct Buffer {
     pub size: u64,
     /// The tag of the message for it.
     pub tag: i32,
+    /// The number of its registration, where there is one that the sender may write to.
+    pub registration: Option<u32>,
 }
 
 #[derive(Clone, Copy, Default)]
 struct Entry {
     buffer: Buffer,
+    /// The sender was told where it can write to.
+    open: bool,
     total: Option<u64>,
+    /// Bytes that lie in slots or are there.
+    due: u64,
     got: u64,
 }
 
@@ -59,37 +72,60 @@ struct State {
     next: u32,
     receives: VecDeque<Receive>,
     flying: VecDeque<Flight>,
+    /// Copies since the last batch.
+    copies: usize,
+    /// Slots given back that the sender may not have heard of.
+    credits: usize,
     broken: bool,
 }
 
 /// The receiving end of a connection.
 pub struct RecvComm {
     state: Mutex<Option<State>>,
+    announcements: Mutex<Option<Announcements>>,
     requests: Vec<Arc<Request>>,
 }
 
-/// Connections that are closed here and not yet at the other end, where a window may still be written to by its name.
-static LINGERING: Mutex<Vec<Link>> = Mutex::new(Vec::new());
+/// Connections that are closed here and not yet at the other end, where memory may still be written to by its name.
+static LINGERING: Mutex<Vec<(Link, Option<Announcements>)>> = Mutex::new(Vec::new());
 
-/// Lets go of windows whose senders have gone.
+/// Lets go of memory whose senders have gone.
 pub fn reap() {
-    LINGERING.lock().retain_mut(|link| !link.pipe.ended());
+    LINGERING.lock().retain_mut(|(link, _)| !link.pipe.ended());
 }
 
 impl RecvComm {
     /// Takes over a connection.
-    pub fn new(link: Link) -> Arc<Self> {
+    pub fn new((link, announcements): (Link, Announcements), owner: &Weak<dyn Progress>) -> Self {
         let state = State {
             link,
             next: 0,
             receives: VecDeque::with_capacity(REQUESTS),
             flying: VecDeque::with_capacity(SLOTS),
+            copies: 0,
+            credits: 0,
             broken: false,
         };
-        Arc::new_cyclic(|own: &Weak<Self>| {
-            let own: Weak<dyn Progress> = Weak::<Self>::clone(own);
-            Self { state: Mutex::new(Some(state)), requests: Request::all(&own) }
-        })
+        let announcements = Mutex::new(Some(announcements));
+        Self { state: Mutex::new(Some(state)), announcements, requests: Request::all(owner) }
+    }
+
+    /// Registers device memory: a number, where the sender may write to it.
+    pub fn register(&self, address: u64, bytes: u64) -> Option<u32> {
+        self.announcements.lock().as_mut()?.register(address, bytes)
+    }
+
+    /// Ends a registration.
+    pub fn deregister(&self, number: u32) {
+        if let Some(announcements) = &mut *self.announcements.lock() {
+            announcements.deregister(number);
+        }
+    }
+
+    /// Where the sender can write to: the memory of a buffer, and where in it.
+    fn target(&self, buffer: &Buffer) -> Option<(u32, u64)> {
+        let number = buffer.registration?;
+        self.announcements.lock().as_ref()?.find(number, buffer.address, buffer.size)
     }
 
     /// Waits for a message in each of `buffers`, by tag; `None`: try again.
@@ -104,22 +140,26 @@ impl RecvComm {
         state.next = seq.wrapping_add(1);
         let mut entries = [Entry::default(); GROUP];
         for (index, (entry, buffer)) in (0..).zip(entries.iter_mut().zip(buffers)) {
-            entry.buffer = *buffer;
-            state.link.pipe.put(&Frame::Post { seq, index, tag: buffer.tag, size: buffer.size });
+            let target = self.target(buffer);
+            (entry.buffer, entry.open) = (*buffer, target.is_some());
+            let (memory, at) = target.unwrap_or((NO_MEMORY, 0));
+            state.link.pipe.put(&Frame::Post { seq, index, tag: buffer.tag, size: buffer.size, memory, at })?;
         }
         state.receives.push_back(Receive { seq, request, count: buffers.len(), entries });
         state.advance(&self.requests)?;
         Ok(Some(&self.requests[request]))
     }
 
-    /// Ends it. A window that the sender knows by name stays until the sender has ended too.
+    /// Ends it. Memory that the sender knows by name stays until the sender has ended too; what it knows by a descriptor
+    /// it holds itself.
     pub fn close(&self) {
-        let Some(state) = self.state.lock().take() else { return };
-        state.link.pipe.shut();
-        if let Some(link) = settle(state.link)
-            && link.window.handle == HandleType::Fabric
-        {
-            LINGERING.lock().push(link);
+        let Some(State { link, .. }) = self.state.lock().take() else { return };
+        let announcements = self.announcements.lock().take();
+        link.pipe.shut();
+        if !link.settled() {
+            std::mem::forget((link, announcements));
+        } else if link.window.handle == HandleType::Fabric {
+            LINGERING.lock().push((link, announcements));
         }
         reap();
     }
@@ -142,17 +182,13 @@ impl State {
     fn step(&mut self, requests: &[Arc<Request>]) -> Result<()> {
         self.land()?;
         // What has ended needs no other end any more: it may have closed right after its last word.
-        let ended = loop {
-            match self.link.pipe.get() {
-                Ok(Some(Frame::Data { seq, index, slot, offset, bytes, total })) => {
-                    self.take((seq, index), slot, (offset, bytes.into()), total)?;
-                }
-                Ok(Some(_)) => return Err(Error::Protocol("a frame that a receiver does not get")),
-                Ok(None) => break Ok(()),
-                Err(error) => break Err(error),
-            }
-        };
-        self.land()?;
+        let ended = self.link.pipe.fill();
+        let heard = self.hear();
+        // What was queued is waited for, also behind nonsense.
+        if self.copies > 0 {
+            self.link.batches.close(std::mem::take(&mut self.copies), &self.link.stream)?;
+        }
+        heard?;
         self.receives.retain(|receive| {
             if receive.done() {
                 for (index, entry) in receive.entries[..receive.count].iter().enumerate() {
@@ -162,10 +198,34 @@ impl State {
             }
             !receive.done()
         });
-        let flushed = self.link.pipe.flush();
+        let flushed = if self.receives.len() <= ENOUGH || self.credits > SPARE {
+            self.credits = 0;
+            self.link.pipe.flush().map(drop)
+        } else {
+            self.link.pipe.flush_lazily()
+        };
         if self.flying.is_empty() && !self.receives.is_empty() {
             ended?;
             flushed?;
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self) -> Result<()> {
+        while let Some(frame) = self.link.pipe.get()? {
+            match frame {
+                Frame::Data { seq, index, slot, offset, bytes, total } => {
+                    self.take((seq, index), slot, (offset, bytes.into()), total)?;
+                }
+                Frame::Direct { seq, index, total } => {
+                    let entry = self.entry(seq, index as usize)?;
+                    if !entry.open || entry.total.is_some() || total > entry.buffer.size {
+                        return Err(Error::Protocol("a message straight into a buffer that was not opened for it"));
+                    }
+                    (entry.total, entry.due, entry.got) = (Some(total), total, total);
+                }
+                _ => return Err(Error::Protocol("a frame that a receiver does not get")),
+            }
         }
         Ok(())
     }
@@ -178,37 +238,39 @@ impl State {
 
     /// Copies a piece out of its slot.
     fn take(&mut self, (seq, index): (u32, u32), slot: u32, (offset, bytes): (u64, u64), total: u64) -> Result<()> {
-        let index = index as usize;
+        let (index, most) = (index as usize, self.link.window.slot_bytes());
         let entry = self.entry(seq, index)?;
         let fits = total <= entry.buffer.size && offset.checked_add(bytes).is_some_and(|end| end <= total);
-        if !fits || bytes > SLOT || entry.total.is_some_and(|known| known != total) {
+        // Pieces of a message come in order.
+        if !fits || bytes > most || offset != entry.due || entry.total.is_some_and(|known| known != total) {
             return Err(Error::Protocol("a piece outside its buffer"));
         }
         entry.total = Some(total);
+        entry.due += bytes;
         let to = entry.buffer.address + offset;
         let to = if entry.buffer.host { Place::Host(to) } else { Place::Device(to) };
-        if slot == NO_SLOT && bytes == 0 {
+        if slot == NO_SLOT && bytes == 0 && total == 0 {
             return Ok(());
         }
         if slot as usize >= SLOTS || bytes == 0 || self.flying.iter().any(|flight| flight.slot == slot) {
             return Err(Error::Protocol("a piece in a slot that is none"));
         }
-        let Link { window, stream, events, context, .. } = &self.link;
+        let Link { window, stream, context, .. } = &self.link;
         copy(context, to, Place::Device(window.slot(slot)), bytes, stream)?;
-        events[slot as usize].record(stream.as_raw())?;
         self.flying.push_back(Flight { slot, seq, index, bytes });
+        self.copies += 1;
         Ok(())
     }
 
     /// Gives slots back whose pieces lie where they belong.
     fn land(&mut self) -> Result<()> {
-        while let Some(&Flight { slot, seq, index, bytes }) = self.flying.front() {
-            if !self.link.events[slot as usize].done()? {
-                break;
+        while let Some(pieces) = self.link.batches.ended()? {
+            for _ in 0..pieces {
+                let Some(Flight { slot, seq, index, bytes }) = self.flying.pop_front() else { break };
+                self.link.pipe.put(&Frame::Credit { slot })?;
+                self.credits += 1;
+                self.entry(seq, index)?.got += bytes;
             }
-            self.flying.pop_front();
-            self.link.pipe.put(&Frame::Credit { slot });
-            self.entry(seq, index)?.got += bytes;
         }
         Ok(())
     }

@@ -1,22 +1,26 @@
-//! The sending end: messages wait for the receiver's buffers, go piece by piece through the window's slots, and are done
-//! when their last piece lies there and the receiver was told.
+//! The sending end: messages wait for the receiver's buffers and go straight to them, in as few copies as can be, or piece
+//! by piece through the window's slots. A message is done when its last copy has ended and the receiver was told.
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::link::{Link, SLOT, SLOTS};
+use super::link::{Link, PATIENCE, SLOTS};
+use super::reach::{Far, Reached};
 use super::request::{GROUP, Progress, REQUESTS, Request};
+use super::traffic;
 use super::wire::{Frame, NO_SLOT};
-use crate::driver::{Place, copy};
+use crate::driver::{Context, Place, Stream, copy};
 use crate::error::{Error, Result};
 use crate::warning;
 
-/// How long the end of a connection waits for its own copies, which wait for nobody.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+/// Batches of copies that are always queued behind each other, so that the copy engine never waits for this thread.
+const AHEAD: usize = 2;
+/// And as many more where there is so much to copy; less than that waits, so that it goes together with what comes next.
+const FURTHER: usize = 4;
+const MUCH: u64 = 256 << 10;
 
 /// A buffer that the receiver waits to see filled.
 #[derive(Clone, Copy)]
@@ -25,6 +29,16 @@ struct Post {
     index: u32,
     tag: i32,
     size: u64,
+    memory: u32,
+    at: u64,
+}
+
+/// Where a message goes.
+struct Target {
+    seq: u32,
+    index: u32,
+    /// The receiver's memory and the address in it, where it can be written to.
+    far: Option<(Arc<Far>, u64)>,
 }
 
 struct Message {
@@ -33,22 +47,53 @@ struct Message {
     host: bool,
     size: u64,
     tag: i32,
-    target: Option<(u32, u32)>,
+    target: Option<Target>,
     issued: u64,
     /// Nothing of it is left to issue.
     through: bool,
 }
 
-/// A piece on its way into a slot.
+impl Message {
+    fn place(&self) -> Place {
+        let at = self.from + self.issued;
+        if self.host { Place::Host(at) } else { Place::Device(at) }
+    }
+}
+
+/// A copy under way, and what the receiver is told when it has ended.
 struct Flight {
-    slot: u32,
     told: Frame,
     /// The request, where it is the last piece of its message.
     ends: Option<(usize, u64)>,
+    /// Not unmapped under the copy.
+    _far: Option<Arc<Far>>,
+}
+
+/// Copies straight into memory that can be one.
+struct Run {
+    to: u64,
+    from: Place,
+    bytes: u64,
+}
+
+impl Run {
+    fn goes_on(&self, to: u64, from: Place) -> bool {
+        let next = match self.from {
+            Place::Host(at) => Place::Host(at + self.bytes),
+            Place::Device(at) => Place::Device(at + self.bytes),
+        };
+        (self.to + self.bytes, next) == (to, from)
+    }
+
+    fn queue(run: Option<Self>, context: &Context, stream: &Stream) -> Result<()> {
+        let Some(Self { to, from, bytes }) = run else { return Ok(()) };
+        copy(context, Place::Device(to), from, bytes, stream)
+    }
 }
 
 struct State {
     link: Link,
+    reach: Reached,
     posts: VecDeque<Post>,
     messages: VecDeque<Message>,
     free: Vec<u32>,
@@ -56,6 +101,7 @@ struct State {
     /// Done, but what the receiver has to know may not have left yet.
     said: VecDeque<(usize, u64)>,
     broken: bool,
+    _open: traffic::Open,
 }
 
 /// The sending end of a connection.
@@ -66,20 +112,20 @@ pub struct SendComm {
 
 impl SendComm {
     /// Takes over a connection.
-    pub fn new(link: Link) -> Arc<Self> {
+    pub fn new((link, reach): (Link, Reached), owner: &Weak<dyn Progress>) -> Self {
+        let open = traffic::Open::new(link.context.device().ordinal());
         let state = State {
             link,
+            reach,
             posts: VecDeque::with_capacity(REQUESTS * GROUP),
             messages: VecDeque::with_capacity(REQUESTS),
             free: (0..SLOTS as u32).rev().collect(),
-            flying: VecDeque::with_capacity(SLOTS),
+            flying: VecDeque::with_capacity(REQUESTS + SLOTS),
             said: VecDeque::with_capacity(REQUESTS),
             broken: false,
+            _open: open,
         };
-        Arc::new_cyclic(|own: &Weak<Self>| {
-            let own: Weak<dyn Progress> = Weak::<Self>::clone(own);
-            Self { state: Mutex::new(Some(state)), requests: Request::all(&own) }
-        })
+        Self { state: Mutex::new(Some(state)), requests: Request::all(owner) }
     }
 
     /// Sends a message; `None`: try again.
@@ -92,11 +138,24 @@ impl SendComm {
         Ok(Some(&self.requests[request]))
     }
 
-    /// Ends it.
+    /// Ends it: first the copies, then what they go to, then the connection, which tells the receiver that nothing of its
+    /// memory is in use here any more. What does not end keeps what it uses for good.
     pub fn close(&self) {
         let Some(state) = self.state.lock().take() else { return };
-        state.link.pipe.shut();
-        drop(settle(state.link));
+        if !state.link.settled() {
+            std::mem::forget(state);
+            return;
+        }
+        let State { link, reach, messages, flying, _open, .. } = state;
+        drop((messages, flying));
+        let device = link.context.device().ordinal();
+        if !reach.close(PATIENCE) {
+            warning!(device, "memory of a closed connection is not unmapped in time: it is kept");
+            std::mem::forget((link, reach));
+            return;
+        }
+        drop(reach);
+        drop(link);
     }
 }
 
@@ -105,18 +164,6 @@ impl Progress for SendComm {
         let mut state = self.state.lock();
         state.as_mut().filter(|state| !state.broken).ok_or_else(lost)?.advance(&self.requests)
     }
-}
-
-/// Waits for this end's own copies, so that no memory goes under them; what they still use is kept for good.
-pub(super) fn settle(link: Link) -> Option<Link> {
-    let device = link.context.device().ordinal();
-    match link.stream.wait(PATIENCE) {
-        Ok(true) => return Some(link),
-        Ok(false) => warning!(device, "a copy of a closed connection has not ended: its memory is kept"),
-        Err(error) => warning!(device, "{error} while a connection is closed: its memory is kept"),
-    }
-    std::mem::forget(link);
-    None
 }
 
 pub(super) fn lost() -> Error {
@@ -131,10 +178,15 @@ impl State {
     }
 
     fn step(&mut self, requests: &[Arc<Request>]) -> Result<()> {
+        let ended = self.link.pipe.fill();
         while let Some(frame) = self.link.pipe.get()? {
             match frame {
-                Frame::Post { seq, index, tag, size } => self.posts.push_back(Post { seq, index, tag, size }),
-                Frame::Credit { slot } if (slot as usize) < SLOTS && !self.free.contains(&slot) => self.free.push(slot),
+                Frame::Post { seq, index, tag, size, memory, at } if self.posts.len() < REQUESTS * GROUP => {
+                    self.posts.push_back(Post { seq, index, tag, size, memory, at });
+                }
+                Frame::Credit { slot } if (slot as usize) < SLOTS && !self.free.contains(&slot) => {
+                    self.free.push(slot);
+                }
                 _ => return Err(Error::Protocol("a frame that a sender does not get")),
             }
         }
@@ -147,18 +199,16 @@ impl State {
                 requests[request].finish(1);
             }
         }
-        Ok(())
+        ended
     }
 
-    /// Tells the receiver of pieces that have arrived in their slots.
+    /// Tells the receiver of what has arrived.
     fn land(&mut self) -> Result<()> {
-        while let Some(first) = self.flying.front() {
-            if !self.link.events[first.slot as usize].done()? {
-                break;
+        while let Some(pieces) = self.link.batches.ended()? {
+            for Flight { told, ends, .. } in self.flying.drain(..pieces) {
+                self.link.pipe.put(&told)?;
+                self.said.extend(ends);
             }
-            self.link.pipe.put(&first.told);
-            self.said.extend(first.ends);
-            self.flying.pop_front();
         }
         Ok(())
     }
@@ -171,37 +221,69 @@ impl State {
             if message.size > post.size {
                 return Err(Error::Protocol("a message is larger than the buffer that waits for it"));
             }
-            message.target = Some((post.seq, post.index));
+            let far = self.reach.find(post.memory, post.at, message.size);
+            message.target = Some(Target { seq: post.seq, index: post.index, far });
         }
         Ok(())
     }
 
-    /// Copies pieces into free slots, message by message.
+    /// Whether copies are queued now, or wait for those under way.
+    fn ready(&self) -> bool {
+        let open = self.link.batches.open();
+        let waiting = || {
+            let aimed = self.messages.iter().filter(|message| message.target.is_some());
+            aimed.map(|message| message.size - message.issued).sum::<u64>()
+        };
+        open < AHEAD || (open < FURTHER && waiting() >= MUCH)
+    }
+
+    /// Queues copies: whole messages straight to their buffers, pieces of the others into free slots, message by message.
     fn issue(&mut self) -> Result<()> {
-        let Link { pipe, window, stream, events, context } = &mut self.link;
+        if self.messages.is_empty() || !self.ready() {
+            return Ok(());
+        }
+        let Link { pipe, window, batches, stream, context, .. } = &mut self.link;
+        let (mut pieces, mut run) = (0, None::<Run>);
         for message in &mut self.messages {
-            let Some((seq, index)) = message.target else { continue };
-            let total = message.size;
+            let place = message.place();
+            let Some(Target { seq, index, far }) = &mut message.target else { continue };
+            let (seq, index, total) = (*seq, *index, message.size);
             if total == 0 {
-                pipe.put(&Frame::Data { seq, index, slot: NO_SLOT, offset: 0, bytes: 0, total });
+                let slot = NO_SLOT;
+                pipe.put(&Frame::Data { seq, index, slot, offset: 0, bytes: 0, total })?;
                 self.said.push_back((message.request, 0));
+            } else if let Some((far, to)) = far.take() {
+                match &mut run {
+                    Some(run) if run.goes_on(to, place) => run.bytes += total,
+                    _ => Run::queue(run.replace(Run { to, from: place, bytes: total }), context, stream)?,
+                }
+                message.issued = total;
+                let told = Frame::Direct { seq, index, total };
+                self.flying.push_back(Flight { told, ends: Some((message.request, total)), _far: Some(far) });
+                pieces += 1;
+                traffic::direct(total);
             }
             while message.issued < total {
                 let Some(slot) = self.free.pop() else { break };
-                let bytes = SLOT.min(total - message.issued);
-                let from = message.from + message.issued;
-                let from = if message.host { Place::Host(from) } else { Place::Device(from) };
-                copy(context, Place::Device(window.slot(slot)), from, bytes, stream)?;
-                events[slot as usize].record(stream.as_raw())?;
+                let bytes = window.slot_bytes().min(total - message.issued);
+                copy(context, Place::Device(window.slot(slot)), message.place(), bytes, stream)?;
                 let told = Frame::Data { seq, index, slot, offset: message.issued, bytes: bytes as u32, total };
                 message.issued += bytes;
                 let ends = (message.issued == total).then_some((message.request, total));
-                self.flying.push_back(Flight { slot, told, ends });
+                self.flying.push_back(Flight { told, ends, _far: None });
+                pieces += 1;
+                if ends.is_some() {
+                    traffic::through_the_window(total);
+                }
             }
             message.through = message.issued == total;
             if !message.through {
                 break;
             }
+        }
+        Run::queue(run, context, stream)?;
+        if pieces > 0 {
+            batches.close(pieces, stream)?;
         }
         self.messages.retain(|message| !message.through);
         Ok(())

@@ -261,6 +261,22 @@ CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void*
     return CUDA_SUCCESS;
 }
 
+CUresult cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp* prop, CUmemGenericAllocationHandle handle) {
+    SIM_ENTRY(0);
+    if (!prop) return CUDA_ERROR_INVALID_VALUE;
+    std::lock_guard<std::mutex> lock(memory_mutex());
+    Allocation* a = find_allocation(handle);
+    if (!a || a->kind != Kind::memory) return CUDA_ERROR_INVALID_VALUE;
+    *prop = {};
+    prop->type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    prop->requestedHandleTypes = CUmemAllocationHandleType(a->trailer->handle_types);
+    // A peer's memory lies on a device that this process may not see.
+    int ordinal = ordinal_of(a->trailer->where);
+    prop->location.type = ordinal < 0 ? CU_MEM_LOCATION_TYPE_INVALID : CU_MEM_LOCATION_TYPE_DEVICE;
+    prop->location.id = ordinal < 0 ? 0 : ordinal;
+    return CUDA_SUCCESS;
+}
+
 CUresult cuMemExportToShareableHandle(void* shareable, CUmemGenericAllocationHandle handle,
                                       CUmemAllocationHandleType type, unsigned long long flags) {
     SIM_ENTRY(kUnsafe);

@@ -22,7 +22,8 @@ namespace {
     ENTRY(cuGraphRetainUserObject, 0) ENTRY(cuInit, 0) ENTRY(cuLaunchHostFunc, 0) ENTRY(cuLaunchKernel, 0) \
     ENTRY(cuLaunchKernelEx, 0) ENTRY(cuMemAddressFree, 0) ENTRY(cuMemAddressReserve, 0) ENTRY(cuMemAlloc_v2, 0) \
     ENTRY(cuMemCreate, 0) ENTRY(cuMemExportToShareableHandle, 0) ENTRY(cuMemFreeHost, 0) ENTRY(cuMemFree_v2, 0) \
-    ENTRY(cuMemGetAddressRange_v2, 0) ENTRY(cuMemGetAllocationGranularity, 0) ENTRY(cuMemGetInfo_v2, 0) \
+    ENTRY(cuMemGetAddressRange_v2, 0) ENTRY(cuMemGetAllocationGranularity, 0) \
+    ENTRY(cuMemGetAllocationPropertiesFromHandle, 0) ENTRY(cuMemGetInfo_v2, 0) \
     ENTRY(cuMemHostAlloc, 0) ENTRY(cuMemHostGetDevicePointer_v2, 0) ENTRY(cuMemImportFromShareableHandle, 0) \
     ENTRY(cuMemMap, 0) ENTRY(cuMemRelease, 0) ENTRY(cuMemRetainAllocationHandle, 0) ENTRY(cuMemSetAccess, 0) \
     ENTRY(cuMemUnmap, 0) ENTRY(cuMemcpyDtoDAsync_v2, 0) ENTRY(cuMemcpyDtoD_v2, 0) ENTRY(cuMemcpyDtoHAsync_v2, 0) \
