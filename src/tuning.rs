@@ -27,6 +27,38 @@ pub struct Tuning {
     pub format: u32,
     /// One row per world; no world twice.
     pub rows: Vec<Tuned>,
+    /// Where the official door's tuner prefers CollNet; no ranks and hosts twice.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub collnet: Vec<Preferred>,
+}
+
+/// Sizes of AllReduce for which CollNet was measured to win. NCCL tells a tuner of ranks and nodes, and of nothing else.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Preferred {
+    /// Ranks of the communicator.
+    pub ranks: u32,
+    /// What NCCL holds for hosts among them.
+    pub hosts: u32,
+    /// Smallest payload, in bytes.
+    pub from_bytes: u64,
+    /// Largest payload.
+    pub to_bytes: u64,
+    /// Where it comes from, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+impl Preferred {
+    fn check(&self) -> Result<(), &'static str> {
+        if self.ranks < 2 || self.hosts < 1 || self.hosts > self.ranks {
+            return Err("`ranks` and `hosts` do not go together");
+        }
+        if self.from_bytes > self.to_bytes {
+            return Err("`from_bytes` is above `to_bytes`");
+        }
+        Ok(())
+    }
 }
 
 /// The limits of one world.
@@ -115,7 +147,24 @@ impl Tuning {
                 return Err(format!("row {}: the same world as an earlier row", at + 1));
             }
         }
+        for (at, one) in tuning.collnet.iter().enumerate() {
+            one.check().map_err(|why| format!("collnet {}: {why}", at + 1))?;
+            if tuning.collnet[..at].iter().any(|other| (other.ranks, other.hosts) == (one.ranks, one.hosts)) {
+                return Err(format!("collnet {}: the same ranks and hosts as an earlier one", at + 1));
+            }
+        }
         Ok(tuning)
+    }
+
+    /// The sizes for which CollNet is preferred among so many ranks on so many hosts, if the file says so.
+    pub fn preferred(&self, ranks: u32, hosts: u32) -> Option<&Preferred> {
+        self.collnet.iter().find(|one| (one.ranks, one.hosts) == (ranks, hosts))
+    }
+
+    /// As [`Self::digest`], of the preferences; 0 without any.
+    pub fn preferences(&self) -> u64 {
+        let words = |one: &Preferred| [u64::from(one.ranks), u64::from(one.hosts), one.from_bytes, one.to_bytes];
+        if self.collnet.is_empty() { 0 } else { hashed(self.collnet.iter().flat_map(words)).max(1) }
     }
 
     /// A number that two ranks have in common exactly when their rows decide alike; notes do not count.
@@ -126,11 +175,8 @@ impl Tuning {
             let small = [row.arch, row.ranks, row.hosts, u32::from(row.multicast), row.blocks].map(u64::from);
             small.into_iter().chain([nccl, row.oneshot_bytes, row.twoshot_bytes])
         });
-        let hash = words
-            .flat_map(u64::to_le_bytes)
-            .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
         // The two smallest numbers mean something else in a vote.
-        hash.max(2)
+        hashed(words).max(2)
     }
 
     /// The row of a world, if the file has one.
@@ -147,6 +193,12 @@ impl Tuning {
             None => self.rows.push(row),
         }
     }
+}
+
+fn hashed(words: impl Iterator<Item = u64>) -> u64 {
+    words
+        .flat_map(u64::to_le_bytes)
+        .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 
 /// Reads a file for [`Tuning::parse`]: only a regular one, so that nothing can block, and not more than is sensible.
@@ -184,7 +236,7 @@ mod tests {
     }
 
     fn file(rows: &[Tuned]) -> Vec<u8> {
-        serde_json::to_vec(&Tuning { format: FORMAT, rows: rows.to_vec() }).unwrap()
+        serde_json::to_vec(&Tuning { format: FORMAT, rows: rows.to_vec(), collnet: vec![] }).unwrap()
     }
 
     fn world() -> World {
@@ -231,6 +283,48 @@ mod tests {
         }
     }
 
+    fn preferred(ranks: u32, from: u64, to: u64) -> Preferred {
+        Preferred { ranks, hosts: ranks / 2, from_bytes: from, to_bytes: to, note: None }
+    }
+
+    fn preferring(collnet: &[Preferred]) -> Vec<u8> {
+        serde_json::to_vec(&Tuning { format: FORMAT, rows: vec![row()], collnet: collnet.to_vec() }).unwrap()
+    }
+
+    #[test]
+    fn preferences_for_collnet_are_found_by_ranks_and_hosts_and_nonsense_among_them_is_named() {
+        let tuning = Tuning::parse(&preferring(&[preferred(4, 100, 200), preferred(8, 0, 0)])).unwrap();
+        assert_eq!(tuning.preferred(4, 2).unwrap().to_bytes, 200);
+        assert_eq!((tuning.preferred(4, 4), tuning.preferred(2, 1)), (None, None));
+        // Files without any are what they were, and the other way round.
+        let bare = Tuning::parse(&file(&[row()])).unwrap();
+        assert_eq!((bare.preferences(), bare.digest()), (0, tuning.digest()));
+        assert!(!String::from_utf8(file(&[row()])).unwrap().contains("collnet"));
+        for (bytes, word) in [
+            (preferring(&[preferred(4, 201, 200)]), "collnet 1: `from_bytes`"),
+            (preferring(&[preferred(8, 0, 1), preferred(1, 0, 1)]), "collnet 2: `ranks`"),
+            (preferring(&[preferred(4, 0, 1), preferred(4, 2, 3)]), "collnet 2: the same"),
+            (br#"{"format": 1, "rows": [], "collnet": [{"ranks": 2}]}"#.to_vec(), "missing field"),
+            (br#"{"format": 1, "rows": [], "collnet": {}}"#.to_vec(), "invalid type"),
+        ] {
+            let error = Tuning::parse(&bytes).expect_err(word);
+            assert!(error.contains(word) && !error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_digest_of_preferences_counts_what_decides_and_no_notes() {
+        let digest = |one: Preferred| Tuning { format: FORMAT, rows: vec![], collnet: vec![one] }.preferences();
+        let base = digest(preferred(4, 1, 9));
+        assert_eq!(digest(Preferred { note: Some("by hand".to_owned()), ..preferred(4, 1, 9) }), base);
+        for other in
+            [preferred(6, 1, 9), preferred(4, 2, 9), preferred(4, 1, 10), Preferred { hosts: 4, ..preferred(4, 1, 9) }]
+        {
+            assert_ne!(digest(other.clone()), base, "{other:?}");
+        }
+        assert_ne!(base, 0);
+    }
+
     #[test]
     fn a_file_that_keeps_everything_with_stock_is_a_file() {
         let none = Tuned { oneshot_bytes: 0, twoshot_bytes: 0, ..row() };
@@ -239,7 +333,7 @@ mod tests {
 
     #[test]
     fn the_digest_counts_what_decides_and_no_notes() {
-        let digest = |row: Tuned| Tuning { format: FORMAT, rows: vec![row] }.digest();
+        let digest = |row: Tuned| Tuning { format: FORMAT, rows: vec![row], collnet: vec![] }.digest();
         let base = digest(row());
         assert_eq!(digest(Tuned { note: Some("by hand".to_owned()), ..row() }), base);
         for other in [
@@ -254,12 +348,12 @@ mod tests {
         ] {
             assert_ne!(digest(other.clone()), base, "{other:?}");
         }
-        assert!(Tuning { format: FORMAT, rows: vec![] }.digest() >= 2);
+        assert!(Tuning { format: FORMAT, rows: vec![], collnet: vec![] }.digest() >= 2);
     }
 
     #[test]
     fn a_measured_row_replaces_the_one_of_its_world_and_keeps_the_others() {
-        let mut tuning = Tuning { format: FORMAT, rows: vec![row(), Tuned { ranks: 8, ..row() }] };
+        let mut tuning = Tuning { format: FORMAT, rows: vec![row(), Tuned { ranks: 8, ..row() }], collnet: vec![] };
         tuning.put(Tuned { blocks: 8, ..row() });
         tuning.put(Tuned { ranks: 2, ..row() });
         let seen: Vec<_> = tuning.rows.iter().map(|row| (row.ranks, row.blocks)).collect();
@@ -296,6 +390,9 @@ mod tests {
             let row = Tuned { ranks, oneshot_bytes: one, twoshot_bytes: one * 2, blocks, multicast, ..row() };
             let read = Tuning::parse(&file(std::slice::from_ref(&row))).unwrap();
             prop_assert_eq!(read.rows, vec![row]);
+            let one = Preferred { ranks, hosts: 1, from_bytes: one, to_bytes: one.saturating_mul(1 << 40), note: None };
+            let read = Tuning::parse(&preferring(std::slice::from_ref(&one))).unwrap();
+            prop_assert_eq!(read.collnet, vec![one]);
         }
     }
 }

@@ -221,6 +221,87 @@ fn the_tuner_of_every_version_prefers_collnet_where_nccl_holds_it_for_dearer() {
     }
 }
 
+/// A tuning file that goes with the test.
+struct File(std::path::PathBuf);
+
+impl File {
+    fn new(name: &str, text: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("twoshot-official-{name}-{}.json", std::process::id()));
+        std::fs::write(&path, text).expect("a file");
+        Self(path)
+    }
+
+    /// For a communicator of two ranks on two hosts.
+    fn preferring(name: &str, from: u64, to: u64) -> Self {
+        let one = format!("{{\"ranks\": 2, \"hosts\": 2, \"from_bytes\": {from}, \"to_bytes\": {to}}}");
+        Self::new(name, &format!("{{\"format\": 1, \"rows\": [], \"collnet\": [{one}]}}"))
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Calls of 4000, 8000 and 12000 bytes where NCCL itself holds CollNet for dearer.
+fn priced(release: u32) -> Job {
+    job(Topology::fabric(2, 1), "allreduce count=1000; allreduce count=2000; allreduce count=3000; destroy")
+        .env("SIM_NCCL_VERSION", release)
+        .env("SIM_NCCL_COLLNET_COST", 35)
+}
+
+#[test]
+fn the_tuner_of_every_version_prefers_collnet_for_the_sizes_of_the_tuning_file_alone() {
+    for release in [22304, 22403, 22809, 23007] {
+        for (from, to, expected) in [(4001, 11_999, 1.0), (4000, 8000, 2.0), (1, 3, 0.0)] {
+            let file = File::preferring("sizes", from, to);
+            let report = priced(release).env("TWOSHOT_TUNING_FILE", file.0.display()).run();
+            report.expect_success().expect_nothing_live();
+            for outcome in &report.outcomes {
+                assert_eq!(field(summary(outcome), "nccl_collnet_runs"), expected, "{release} {from}: {outcome}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_tuning_file_without_this_world_or_that_is_none_leaves_the_rule_and_is_named() {
+    let other = "{\"format\": 1, \"rows\": [], \"collnet\": [{\"ranks\": 4, \"hosts\": 2, \"from_bytes\": 1, \"to_bytes\": 1}]}";
+    for (name, text, said) in [("other", other, None), ("bad", "{\"format\": 1, \"rows\": 3}", Some("invalid type"))] {
+        let file = File::new(name, text);
+        let report = priced(22809).env("TWOSHOT_TUNING_FILE", file.0.display()).run();
+        report.expect_success().expect_nothing_live();
+        for (rank, outcome) in report.outcomes.iter().enumerate() {
+            assert_eq!(field(summary(outcome), "nccl_collnet_runs"), 3.0, "{name}: {outcome}");
+            let lines = report.lines(rank);
+            let named =
+                lines.iter().any(|line| line.contains("the tuner goes by its rule") && line.contains(" NCCL WARN "));
+            assert_eq!(named, said.is_some(), "{name}: {outcome}");
+            assert!(said.is_none_or(|word| outcome.stdout.contains(word)), "{outcome}");
+        }
+    }
+}
+
+#[test]
+fn ranks_whose_files_prefer_other_sizes_go_without_collnet_and_do_not_hang() {
+    let (one, other) = (File::preferring("one", 1, 9000), File::preferring("two", 1, 9001));
+    for files in [[Some(&one), Some(&other)], [Some(&one), None]] {
+        let mut job = priced(22809);
+        for (rank, file) in files.into_iter().enumerate() {
+            if let Some(file) = file {
+                job = job.rank_env(rank, "TWOSHOT_TUNING_FILE", file.0.display().to_string());
+            }
+        }
+        let report = job.run();
+        report.expect_success().expect_nothing_live();
+        for outcome in &report.outcomes {
+            assert_eq!(field(summary(outcome), "nccl_collnet_runs"), 0.0, "{outcome}");
+            assert!(outcome.stdout.contains("prefers CollNet for other sizes on some rank"), "{outcome}");
+        }
+    }
+}
+
 #[test]
 fn a_network_that_cannot_be_opened_leaves_nccl_its_own() {
     for net in ["/nowhere/libnet.so", "libc.so.6"] {

@@ -49,7 +49,7 @@ fn row() -> Tuned {
 
 fn write(folder: &Folder, name: &str, row: Tuned) -> String {
     let path = folder.file(name);
-    let tuning = Tuning { format: FORMAT, rows: vec![row] };
+    let tuning = Tuning { format: FORMAT, rows: vec![row], collnet: Vec::new() };
     fs::write(&path, serde_json::to_vec(&tuning).expect("JSON")).expect("a file");
     path
 }

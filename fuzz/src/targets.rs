@@ -487,6 +487,8 @@ fn seeds_of_tuning() -> Vec<Vec<u8>> {
     let texts = [
         format!("{{\"format\":1,\"rows\":[{row},{other}]}}"),
         format!("{{\"format\":1,\"rows\":[{row},{row}]}}"),
+        "{\"format\":1,\"rows\":[],\"collnet\":[{\"ranks\":4,\"hosts\":2,\"from_bytes\":8,\"to_bytes\":99}]}"
+            .to_owned(),
         "{\"format\":2,\"rows\":[]}".to_owned(),
         "{\"format\":1,\"ro\\nws\":[]}".to_owned(),
     ];

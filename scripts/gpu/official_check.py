@@ -93,6 +93,13 @@ def reduced(door):
     return routed.value
 
 
+def sent(door):
+    """Messages and bytes sent straight, messages and bytes sent through windows, memories without a straight way."""
+    five = (ctypes.c_uint64 * 5)()
+    ctypes.CDLL(door).twoshot_network_counters(five)
+    return list(five)
+
+
 def values(seed, rank, ranks, count, op, signed):
     generator = torch.Generator().manual_seed(seed * 1013 + rank)
     if op == "prod":
@@ -220,13 +227,14 @@ def compare(paths):
                 tables.append({tuple(key): us for key, us in json.load(file)})
         except OSError:
             tables.append({})
-    print("| call | bytes | sockets, us | official door, us | times faster | wanted | ring over NVLink, us |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print("| call | bytes | sockets, us | official door, us | times faster | wanted | ring over NVLink, us | pieces of 512 KiB, us | windows only, us |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for key in SIZES:
-        sockets, ours, ring = (table.get(key) for table in tables)
-        text = [f"{us:.1f}" if us else "-" for us in (sockets, ours, ring)]
+        every = [table.get(key) for table in tables]
+        sockets, ours = every[:2]
+        text = [f"{us:.1f}" if us else "-" for us in every]
         ratio = f"{sockets / ours:.1f}" if sockets and ours else "-"
-        print(f"| {key[0]} | {key[1]} | {text[0]} | {text[1]} | {ratio} | {TARGETS[key]} | {text[2]} |")
+        print(f"| {key[0]} | {key[1]} | {text[0]} | {text[1]} | {ratio} | {TARGETS[key]} | " + " | ".join(text[2:]) + " |")
 
 
 def main():
@@ -236,7 +244,7 @@ def main():
     parser.add_argument("--dir")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--times", action="store_true")
-    parser.add_argument("--compare", nargs=3)
+    parser.add_argument("--compare", nargs="+")
     options = parser.parse_args()
     if options.compare:
         return compare(options.compare)
@@ -255,6 +263,10 @@ def main():
         if me.rank == 0:
             with open(os.path.join(options.dir, "times"), "w") as file:
                 json.dump(times, file)
+    if os.environ.get("TWOSHOT_MODE") == "collnet":
+        straight, straight_bytes, window, window_bytes, refused = sent(os.environ["NCCL_NET_PLUGIN"])
+        print(f"rank {me.rank}: network: {straight} messages, {straight_bytes} B straight; {window}, {window_bytes} B "
+              f"through windows; {refused} memories without a straight way", flush=True)
     me.close()
     return sys.exit(1 if wrong else 0)
 

@@ -3,10 +3,13 @@
 #![allow(non_upper_case_globals)]
 
 use std::ffi::{CStr, c_int, c_void};
+use std::sync::Once;
 
 use super::table::{Table, put};
 use super::{Code, code, collnet_mode, guard};
-use crate::official::tuner::advise;
+use crate::config::Config;
+use crate::official::tuner::{Limits, advise};
+use crate::warning;
 use bindings::*;
 
 #[allow(
@@ -22,12 +25,32 @@ mod bindings {
     include!(concat!(env!("OUT_DIR"), "/tuner_abi.rs"));
 }
 
+/// Hands NCCL the limits of a communicator, to be given back at every question.
+///
 /// # Safety
 /// `context` is null or NCCL's own variable.
-unsafe extern "C" fn begin(_: usize, _: usize, _: ncclDebugLogger_t, context: *mut *mut c_void) -> Code {
+unsafe fn limits(ranks: usize, nodes: usize, context: *mut *mut c_void) -> Code {
+    guard(|| {
+        if context.is_null() {
+            return code::SUCCESS;
+        }
+        let tuning = Config::get().tuning.as_ref().filter(|_| collnet_mode());
+        if let Some(Err(why)) = tuning {
+            static SAID: Once = Once::new();
+            SAID.call_once(|| warning!(-1, "{why}: the tuner goes by its rule"));
+        }
+        let limits = Limits::of(tuning.and_then(|tuning| tuning.as_ref().ok()), ranks, nodes);
+        // SAFETY: the caller's promise. The box is taken back by `end`.
+        unsafe { put(context, Box::into_raw(Box::new(limits)).cast()) };
+        code::SUCCESS
+    })
+}
+
+/// # Safety
+/// `context` is null or NCCL's own variable.
+unsafe extern "C" fn begin(ranks: usize, nodes: usize, _: ncclDebugLogger_t, context: *mut *mut c_void) -> Code {
     // SAFETY: the caller's promise.
-    unsafe { put(context, std::ptr::null_mut()) };
-    code::SUCCESS
+    unsafe { limits(ranks, nodes, context) }
 }
 
 /// # Safety
@@ -35,32 +58,50 @@ unsafe extern "C" fn begin(_: usize, _: usize, _: ncclDebugLogger_t, context: *m
 unsafe extern "C" fn begin_named<D, C>(
     context: *mut *mut c_void,
     _: u64,
-    _: usize,
-    _: usize,
+    ranks: usize,
+    nodes: usize,
     _: ncclDebugLogger_t,
     _: *mut D,
     _: *mut C,
 ) -> Code {
     // SAFETY: as above.
-    unsafe { put(context, std::ptr::null_mut()) };
-    code::SUCCESS
-}
-
-unsafe extern "C" fn end(_: *mut c_void) -> Code {
-    code::SUCCESS
+    unsafe { limits(ranks, nodes, context) }
 }
 
 /// # Safety
-/// `costs` is null or a table of `algorithms` by `protocols` numbers, which the type of the pointer does not say.
-unsafe fn price(function: ncclFunc_t, bytes: usize, costs: *mut *mut f32, algorithms: c_int, protocols: c_int) -> Code {
+/// `context` is null or what `begin` handed out, and is not used again.
+unsafe extern "C" fn end(context: *mut c_void) -> Code {
+    guard(|| {
+        if !context.is_null() {
+            // SAFETY: the caller's promise: the box that `begin` gave away.
+            drop(unsafe { Box::from_raw(context.cast::<Limits>()) });
+        }
+        code::SUCCESS
+    })
+}
+
+/// # Safety
+/// `context` is null or what `begin` handed out; `costs` is null or a table of `algorithms` by `protocols` numbers, which
+/// the type of the pointer does not say.
+unsafe fn price(
+    context: *mut c_void,
+    function: ncclFunc_t,
+    bytes: usize,
+    costs: *mut *mut f32,
+    algorithms: c_int,
+    protocols: c_int,
+) -> Code {
     guard(|| {
         let (Ok(algorithms), Ok(protocols)) = (usize::try_from(algorithms), usize::try_from(protocols)) else {
             return code::SUCCESS;
         };
         if collnet_mode() && !costs.is_null() && algorithms <= 64 && protocols <= 64 {
             // SAFETY: the caller's promise.
+            let limits = unsafe { context.cast::<Limits>().as_ref() }.copied();
+            let limits = limits.unwrap_or_else(|| Limits::of(None, 0, 0));
+            // SAFETY: as above.
             let costs = unsafe { std::slice::from_raw_parts_mut(costs.cast::<f32>(), algorithms * protocols) };
-            let _ = advise(function, bytes as u64, costs, protocols);
+            let _ = advise(limits, function, bytes as u64, costs, protocols);
         }
         code::SUCCESS
     })
@@ -69,7 +110,7 @@ unsafe fn price(function: ncclFunc_t, bytes: usize, costs: *mut *mut f32, algori
 /// # Safety
 /// As for [`price`].
 unsafe extern "C" fn price_v3(
-    _: *mut c_void,
+    context: *mut c_void,
     function: ncclFunc_t,
     bytes: usize,
     _: c_int,
@@ -79,13 +120,13 @@ unsafe extern "C" fn price_v3(
     _: *mut c_int,
 ) -> Code {
     // SAFETY: as above.
-    unsafe { price(function, bytes, costs, algorithms, protocols) }
+    unsafe { price(context, function, bytes, costs, algorithms, protocols) }
 }
 
 /// # Safety
 /// As for [`price`].
 unsafe extern "C" fn price_v4(
-    _: *mut c_void,
+    context: *mut c_void,
     function: ncclFunc_t,
     bytes: usize,
     _: c_int,
@@ -96,7 +137,7 @@ unsafe extern "C" fn price_v4(
     _: *mut c_int,
 ) -> Code {
     // SAFETY: as above.
-    unsafe { price(function, bytes, costs, algorithms, protocols) }
+    unsafe { price(context, function, bytes, costs, algorithms, protocols) }
 }
 
 const NAME: *const std::ffi::c_char = c"twoshot".as_ptr();

@@ -62,6 +62,8 @@ pub struct Config {
     pub shared_gpu: bool,
     /// `TWOSHOT_NET`: the plugin whose network stands in for ours, in mode `collnet`.
     pub net: Option<PathBuf>,
+    /// `TWOSHOT_NET_DIRECT`: our network copies straight into registered memory where it can.
+    pub net_direct: bool,
     /// `NCCL_SOCKET_IFNAME`: which interfaces connections between ranks may use.
     pub interfaces: Option<String>,
     /// `TWOSHOT_PDL`: the program's kernels keep the rules of programmatic dependent launch.
@@ -135,6 +137,7 @@ impl Config {
             pdl: switch(var, "TWOSHOT_PDL")?.unwrap_or(false),
             sample: integer(var, "TWOSHOT_SAMPLE", 0, 1 << 30)?.map_or(0, |n| u32::try_from(n).unwrap_or(0)),
             net: text(var, "TWOSHOT_NET").map(PathBuf::from),
+            net_direct: switch(var, "TWOSHOT_NET_DIRECT")?.unwrap_or(default.net_direct),
             interfaces: string(var, "NCCL_SOCKET_IFNAME"),
             stats: text(var, "TWOSHOT_STATS").map(PathBuf::from),
             nvtx: text(var, "NVTX_INJECTION64_PATH").map(PathBuf::from),
@@ -205,6 +208,7 @@ impl Default for Config {
             pdl: false,
             sample: 0,
             net: None,
+            net_direct: true,
             interfaces: None,
             stats: None,
             nvtx: None,

@@ -39,6 +39,11 @@ pub const VARIABLES: &[Variable] = &[
         "With `TWOSHOT_MODE=collnet`: path of a network plugin whose network NCCL uses in place of the one over NVLink.",
     ),
     variable(
+        "TWOSHOT_NET_DIRECT",
+        "1",
+        "With `TWOSHOT_MODE=collnet`: `0` lets the network over NVLink copy through its windows only, never straight into memory that NCCL has registered. Each rank for what it receives.",
+    ),
+    variable(
         "TWOSHOT_ALGO",
         "auto",
         "`oneshot` or `twoshot` uses only that algorithm, for the sizes it can hold. Must be the same on all ranks.",

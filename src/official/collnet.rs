@@ -20,8 +20,10 @@ use crate::comm::{Buffers, Communicator, Ready, State, collect};
 use crate::config::Config;
 use crate::driver::{Context, Event, Place, Scratch, Stream, copy, device_address, fill};
 use crate::error::{Error, Result};
+use crate::exchange::Exchange;
 use crate::route::{Agreement, Plan, Route, decide};
 use crate::steps::bounded;
+use crate::wire::{BLOB, Blob};
 use crate::{info, record, warning};
 
 /// Requests of one communicator. NCCL keeps up to 8 steps of up to 8 groups of channels in flight; one that finds none
@@ -157,6 +159,11 @@ impl Coll {
         communicator.set_up(&mut exchange, device, context, 0)?;
         let (State::Ready(ready), Some(context)) = (communicator.state(), own) else { return Ok(None) };
         let ready = Arc::clone(ready);
+        if let Err(error) = alike(&mut exchange) {
+            drop(communicator);
+            ready.release(PATIENCE, false);
+            return Err(error);
+        }
         Self::new(communicator, Arc::clone(&ready), exchange, context)
             .map(Some)
             .inspect_err(|_| ready.release(PATIENCE, false))
@@ -340,6 +347,24 @@ fn pieces(parts: &[Part], most: u64, mut visit: impl FnMut(u64, u64, u64) -> Res
             visit(part.address + done, at, now)?;
             (done, at) = (done + now, at + now);
         }
+    }
+    Ok(())
+}
+
+/// Whether all ranks' tuners prefer CollNet for the same sizes: else NCCL's ranks would choose differently and wait for
+/// each other.
+fn alike(exchange: &mut TcpExchange) -> Result<()> {
+    let preferences = match &Config::get().tuning {
+        Some(Ok(tuning)) => tuning.preferences(),
+        Some(Err(_)) | None => 0,
+    };
+    let mut mine: Blob = [0; BLOB];
+    mine[..8].copy_from_slice(&preferences.to_le_bytes());
+    let all = exchange.allgather(&mine, "comparing tuning files")?;
+    if all.iter().any(|theirs| theirs[..8] != mine[..8]) {
+        return Err(Error::Protocol(
+            "TWOSHOT_TUNING_FILE prefers CollNet for other sizes on some rank: NCCL goes without it",
+        ));
     }
     Ok(())
 }

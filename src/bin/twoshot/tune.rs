@@ -112,7 +112,9 @@ fn run(tune: &Tune) -> Result<i32, String> {
 fn existing(path: &Path) -> Result<Tuning, String> {
     match twoshot::tuning::read(path) {
         Ok(bytes) => Tuning::parse(&bytes).map_err(|why| format!("{} is no tuning file: {why}", path.display())),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Tuning { format: FORMAT, rows: Vec::new() }),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Ok(Tuning { format: FORMAT, rows: Vec::new(), collnet: Vec::new() })
+        }
         Err(error) => Err(format!("{}: {error}", path.display())),
     }
 }
@@ -308,7 +310,7 @@ mod tests {
         std::fs::write(&path, "precious").unwrap();
         let error = existing(&path).unwrap_err();
         assert!(error.contains("no tuning file"), "{error}");
-        replace(&path, &Tuning { format: FORMAT, rows: Vec::new() }).unwrap();
+        replace(&path, &Tuning { format: FORMAT, rows: Vec::new(), collnet: Vec::new() }).unwrap();
         assert_eq!(existing(&path).unwrap().rows, []);
         std::fs::remove_file(&path).unwrap();
         assert_eq!(existing(&path).unwrap().rows, []);

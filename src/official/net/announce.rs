@@ -12,6 +12,7 @@ use std::sync::Arc;
 use super::side::Side;
 use super::traffic;
 use super::wire::{Frame, NO_MEMORY};
+use crate::config::Config;
 use crate::driver::{Context, HandleType, Retained, Shareable};
 use crate::error::{Error, Result};
 
@@ -54,6 +55,9 @@ impl Announcements {
     /// Registers `[address, address + bytes)`: the registration's number, if the sender may write there.
     pub fn register(&mut self, address: u64, bytes: u64) -> Option<u32> {
         self.listen();
+        if !Config::get().net_direct {
+            return None;
+        }
         match self.share(address, bytes) {
             Ok(number) => Some(number),
             Err(error) => {
@@ -119,8 +123,15 @@ impl Announcements {
         (within <= known.bytes).then(|| (known.id, address - known.base))
     }
 
+    /// Goes on with what was not finished when it was begun.
+    pub fn go_on(&mut self) {
+        if !self.leaving.is_empty() || self.side.owing() {
+            self.listen();
+        }
+    }
+
     /// Hears what the sender has let go of.
-    pub fn listen(&mut self) {
+    fn listen(&mut self) {
         let _ = self.side.flush();
         loop {
             match self.side.get() {

@@ -39,6 +39,12 @@ pub struct Reach {
     /// The listening thread's alone.
     side: Mutex<Side>,
     closing: AtomicBool,
+    closed: Arc<Closed>,
+}
+
+/// Whether the listening thread has let go of a connection and of everything that it had of it.
+#[derive(Default)]
+struct Closed {
     closed: Mutex<bool>,
     told: Condvar,
 }
@@ -55,8 +61,7 @@ impl Reached {
             table: Mutex::default(),
             side: Mutex::new(side),
             closing: AtomicBool::new(false),
-            closed: Mutex::new(false),
-            told: Condvar::new(),
+            closed: Arc::default(),
         });
         enlist(&reach)?;
         Ok(Self(reach))
@@ -77,8 +82,9 @@ impl Reached {
     pub fn close(&self, patience: Duration) -> bool {
         self.0.closing.store(true, Ordering::Release);
         wake();
-        let mut closed = self.0.closed.lock();
-        self.0.told.wait_while_for(&mut closed, |closed| !*closed, patience);
+        let Closed { closed, told } = &*self.0.closed;
+        let mut closed = closed.lock();
+        told.wait_while_for(&mut closed, |closed| !*closed, patience);
         *closed
     }
 }
@@ -160,9 +166,11 @@ impl Heard {
         drop(leaving);
         let table = std::mem::take(&mut *reach.table.lock());
         drop(table);
-        let mut closed = reach.closed.lock();
-        *closed = true;
-        reach.told.notify_all();
+        // Said last: what the connection holds goes with its end, on the thread that ends it.
+        let closed = Arc::clone(&reach.closed);
+        drop(reach);
+        *closed.closed.lock() = true;
+        closed.told.notify_all();
     }
 }
 

@@ -125,7 +125,10 @@ impl RecvComm {
     /// Where the sender can write to: the memory of a buffer, and where in it.
     fn target(&self, buffer: &Buffer) -> Option<(u32, u64)> {
         let number = buffer.registration?;
-        self.announcements.lock().as_ref()?.find(number, buffer.address, buffer.size)
+        let mut announcements = self.announcements.lock();
+        let announcements = announcements.as_mut()?;
+        announcements.go_on();
+        announcements.find(number, buffer.address, buffer.size)
     }
 
     /// Waits for a message in each of `buffers`, by tag; `None`: try again.

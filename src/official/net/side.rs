@@ -44,6 +44,11 @@ impl Side {
         }
     }
 
+    /// Whether something is queued.
+    pub fn owing(&self) -> bool {
+        matches!(self, Self::Local(_, queue) if !queue.is_empty())
+    }
+
     /// What the other end has said. An error: it says nothing more.
     pub fn get(&mut self) -> Result<Option<(Frame, Option<OwnedFd>)>> {
         match self {

@@ -1,179 +1,31 @@
 // sim_plugin: one rank that calls a network plugin's tables as NCCL's proxy does, without an NCCL. What it does between
 // calls (memory, order, retries, ends) is what NCCL may do, chosen at random.
 //
-//   sim_plugin --library FILE --version V --rank R --ranks N --dir DIRECTORY --seed S PROGRAM
+//   sim_plugin --library FILE --version V --rank R --ranks N --dir DIRECTORY --seed S [--memory KIND] PROGRAM
+//
+// KIND is what the network's buffers are: `mapped` from exportable handles, `plain`, or `mixed` with those and host memory.
 //
 //   messages   a ring of connections: messages of random sizes in memory of random kinds, grouped receives, tags in any
 //              order, requests tested in any order
 //   flood      the sender is told to try again while the receiver waits, then everything arrives
 //   close      both ends close with requests in flight
+//   direct     messages until all go straight into registered memory
+//   again      addresses are registered again, over other memory
+//   little     a few small messages into memory that comes and goes
+//   vanish     receivers end, and free their memory, while copies into it are under way
 //   die        rank 1 is killed in mid-transfer; the others get an error
 //   late       connect and accept say "try again" until the slowest rank has come
 //   capture    messages move on one thread while another captures a graph
 //   collect    a collective communicator: slices in flight, windows of AllGather and ReduceScatter
 //   collclose  a collective communicator is closed with requests that wait for a rank
 #include <signal.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
-#include <algorithm>
-#include <chrono>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
 #include <numeric>
-#include <random>
-#include <stdexcept>
-#include <string>
-#include <thread>
-#include <vector>
 
-#include "cuda_abi.h"
-#include "tables.h"
+#include "program.h"
 
 namespace driver {
 namespace {
-
-constexpr size_t kGuard = 64;
-constexpr uint8_t kPoison = 0xa5;
-
-struct Options {
-  std::string library, dir, program;
-  int version = 11, rank = 0, ranks = 1;
-  unsigned seed = 1;
-};
-
-void check(bool good, const std::string& what) {
-  if (!good) throw std::runtime_error(what);
-}
-void ok(int code, const char* what) {
-  if (code != ncclSuccess) throw std::runtime_error(std::string(what) + " gave " + std::to_string(code));
-}
-void cuda(CUresult code, const char* what) {
-  if (code != CUDA_SUCCESS) throw std::runtime_error(std::string(what) + " gave CUDA error " + std::to_string(code));
-}
-
-auto soon() { return std::chrono::steady_clock::now() + std::chrono::seconds(60); }
-void in_time(std::chrono::steady_clock::time_point until, const char* what) {
-  if (std::chrono::steady_clock::now() > until) throw std::runtime_error(std::string(what) + " did not happen in time");
-  std::this_thread::sleep_for(std::chrono::microseconds(50));
-}
-
-// Files beside each other stand in for NCCL's bootstrap.
-void publish(const Options& o, const std::string& name, const std::vector<uint8_t>& bytes) {
-  std::string path = o.dir + "/" + name, partial = path + ".partial" + std::to_string(getpid());
-  FILE* file = fopen(partial.c_str(), "wb");
-  check(file && fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size(), "writing " + path);
-  fclose(file);
-  check(rename(partial.c_str(), path.c_str()) == 0, "naming " + path);
-}
-std::vector<uint8_t> await(const Options& o, const std::string& name, size_t bytes) {
-  std::string path = o.dir + "/" + name;
-  for (auto until = soon();; in_time(until, path.c_str())) {
-    FILE* file = fopen(path.c_str(), "rb");
-    if (!file) continue;
-    std::vector<uint8_t> got(bytes);
-    size_t n = fread(got.data(), 1, bytes, file);
-    fclose(file);
-    check(n == bytes, path + " is short");
-    return got;
-  }
-}
-void barrier(const Options& o, const std::string& name) {
-  publish(o, name + "." + std::to_string(o.rank), {1});
-  for (int r = 0; r < o.ranks; ++r) await(o, name + "." + std::to_string(r), 1);
-}
-
-// Memory with guards around it, on the device or on the host. In this simulation the host can look at both.
-class Memory {
- public:
-  void* mr = nullptr;
-
-  Memory(size_t bytes, bool host) : bytes_(bytes), host_(host) {
-    size_t whole = bytes + 2 * kGuard;
-    if (host) {
-      base_ = static_cast<uint8_t*>(malloc(whole));
-    } else {
-      CUdeviceptr address = 0;
-      cuda(cuMemAlloc_v2(&address, whole), "cuMemAlloc");
-      base_ = reinterpret_cast<uint8_t*>(uintptr_t(address));
-    }
-    memset(base_, kPoison, whole);
-  }
-  Memory(Memory&& other) noexcept
-      : mr(other.mr), base_(other.base_), bytes_(other.bytes_), host_(other.host_) {
-    other.base_ = nullptr;
-  }
-  Memory& operator=(Memory&&) = delete;
-  ~Memory() {
-    if (!base_) return;
-    if (host_) free(base_);
-    else cuMemFree_v2(CUdeviceptr(uintptr_t(base_)));
-  }
-  uint8_t* data() { return base_ + kGuard; }
-  size_t size() const { return bytes_; }
-  int type() const { return host_ ? NCCL_PTR_HOST : NCCL_PTR_CUDA; }
-
-  // What lies outside the first `bytes` is as it was.
-  void untouched_beyond(size_t bytes) const {
-    for (size_t i = 0; i < kGuard; ++i) check(base_[i] == kPoison, "a guard in front was written");
-    for (size_t i = kGuard + bytes; i < kGuard + bytes_ + kGuard; ++i) {
-      check(base_[i] == kPoison, "a byte behind a message was written");
-    }
-  }
-
- private:
-  uint8_t* base_;
-  size_t bytes_;
-  bool host_;
-};
-
-// Byte `i` of message `number` of a rank.
-uint8_t content(int rank, uint64_t number, size_t i) {
-  uint64_t x = (uint64_t(rank) << 40) ^ (number << 20) ^ (i * 0x9e3779b97f4a7c15ull);
-  return uint8_t((x ^ (x >> 29) ^ (x >> 13)) * 0xbf58476d1ce4e5b9ull >> 56);
-}
-
-struct Ring {
-  void* send = nullptr;
-  void* recv = nullptr;
-};
-
-Ring connect_ring(const Options& o, const Net& net, const std::string& name, bool late = false) {
-  std::vector<uint8_t> mine(NCCL_NET_HANDLE_MAXSIZE);
-  void* listener = nullptr;
-  ok(net.listen(0, mine.data(), &listener), "listen");
-  check(listener != nullptr, "no listener");
-  publish(o, name + "." + std::to_string(o.rank), mine);
-  auto next = await(o, name + "." + std::to_string((o.rank + 1) % o.ranks), NCCL_NET_HANDLE_MAXSIZE);
-  Ring ring;
-  bool again = false;
-  if (late && o.rank == 0) std::this_thread::sleep_for(std::chrono::milliseconds(700));
-  for (auto until = soon(); !ring.send || !ring.recv; in_time(until, "connecting")) {
-    if (!ring.send) ok(net.connect(0, next.data(), &ring.send), "connect");
-    if (!ring.recv) ok(net.accept(listener, &ring.recv), "accept");
-    again = again || !ring.send;
-  }
-  if (late && o.rank == o.ranks - 1) check(again, "connect did not say that it has to be tried again");
-  ok(net.close_listen(listener), "closeListen");
-  return ring;
-}
-
-void close_ring(const Net& net, Ring& ring) {
-  ok(net.close_send(ring.send), "closeSend");
-  ok(net.close_recv(ring.recv), "closeRecv");
-}
-
-struct Flight {
-  void* request;
-  std::vector<size_t> buffers;  // which of the memories it is about
-  bool receive = false;
-};
-
-// Waits for all, testing in any order.
-void wait_all(const Net& net, std::vector<Flight>& flights, std::mt19937& random,
-              const std::function<void(const Flight&, const int*)>& done_with);
 
 void messages(const Options& o) {
   Net net(o.library, o.version);
@@ -217,8 +69,12 @@ void messages(const Options& o) {
       std::vector<int> tags;
       for (size_t i = 0; i < group.size(); ++i) {
         tags.push_back(int(1000 + i * 7));
-        out.emplace_back(group[i], own() % 3 == 0);
-        in.emplace_back(group[i] + own() % 100, own() % 3 == 0);
+        auto kind = [&] {
+          if (o.memory != "mixed") return o.memory == "mapped" ? Kind::mapped : Kind::plain;
+          return std::vector<Kind>{Kind::host, Kind::plain, Kind::mapped}[own() % 3];
+        };
+        out.emplace_back(group[i], kind());
+        in.emplace_back(group[i] + own() % 100, kind());
         for (size_t b = 0; b < group[i]; ++b) out.back().data()[b] = content(o.rank, number + here[i], b);
         ok(net.reg(ring.send, out.back().data(), std::max<size_t>(group[i], 1), out.back().type(), &out.back().mr), "reg");
         ok(net.reg(ring.recv, in.back().data(), std::max<size_t>(group[i], 1), in.back().type(), &in.back().mr), "reg");
@@ -281,21 +137,6 @@ void messages(const Options& o) {
   ok(net.finalize(), "finalize");
 }
 
-void wait_all(const Net& net, std::vector<Flight>& flights, std::mt19937& random,
-              const std::function<void(const Flight&, const int*)>& done_with) {
-  for (auto until = soon(); !flights.empty();) {
-    size_t at = random() % flights.size();
-    int done = 0, sizes[8] = {};
-    ok(net.test(flights[at].request, &done, sizes), "test");
-    if (!done) {
-      in_time(until, "a request");
-      continue;
-    }
-    done_with(flights[at], sizes);
-    flights.erase(flights.begin() + long(at));
-  }
-}
-
 void flood(const Options& o) {
   Net net(o.library, o.version);
   ok(net.init(), "init");
@@ -351,14 +192,17 @@ void close_in_flight(const Options& o) {
   ok(net.init(), "init");
   for (int round = 0; round < 4; ++round) {
     Ring ring = connect_ring(o, net, "close" + std::to_string(round));
-    Memory out(3 << 20, false), in(3 << 20, false);
+    Kind kind = o.memory == "mapped" ? Kind::mapped : Kind::plain;
+    Memory out(3 << 20, kind), in(3 << 20, kind);
     void* request = nullptr;
     ok(net.reg(ring.send, out.data(), out.size(), NCCL_PTR_CUDA, &out.mr), "reg");
+    ok(net.reg(ring.recv, in.data(), in.size(), NCCL_PTR_CUDA, &in.mr), "reg");
+    if (kind == Kind::mapped) std::this_thread::sleep_for(std::chrono::milliseconds(50));
     // The neighbour may have closed its end already.
     auto or_gone = [](int code, const char* what) {
       if (code != ncclRemoteError) ok(code, what);
     };
-    or_gone(net.irecv(ring.recv, {in.data()}, {in.size()}, {1}, {out.mr}, &request), "irecv");
+    or_gone(net.irecv(ring.recv, {in.data()}, {in.size()}, {1}, {in.mr}, &request), "irecv");
     // Of another tag in half of the rounds: it never goes anywhere.
     request = nullptr;
     or_gone(net.isend(ring.send, out.data(), out.size(), round % 2, out.mr, &request), "isend");
@@ -656,6 +500,10 @@ int run(const Options& o) {
   else if (o.program == "close") close_in_flight(o);
   else if (o.program == "die") die(o);
   else if (o.program == "late") late(o);
+  else if (o.program == "direct") direct(o);
+  else if (o.program == "again") again(o);
+  else if (o.program == "vanish") vanish(o);
+  else if (o.program == "little") little(o);
   else if (o.program == "capture") capture(o);
   else if (o.program == "collect") collect(o);
   else if (o.program == "collclose") close_collective(o);
@@ -681,6 +529,7 @@ int main(int argc, char** argv) {
     else if (key == "--rank") o.rank = atoi(value.c_str());
     else if (key == "--ranks") o.ranks = atoi(value.c_str());
     else if (key == "--dir") o.dir = value;
+    else if (key == "--memory") o.memory = value;
     else if (key == "--seed") o.seed = unsigned(atoi(value.c_str()));
     else return fprintf(stderr, "sim_plugin: unknown option %s\n", key.c_str()), 2;
   }
