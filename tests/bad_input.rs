@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::{Door, Job, Report};
-use script::{field, lines_of, ms, routed};
+use script::{field, lines_of, ms, routed, stock_runs};
 use twoshot::config::VARIABLES;
 use twoshot_sim::Topology;
 
@@ -152,7 +152,9 @@ const NONSENSE: [&str; 5] = ["maybe\nyes\u{1b}[2J", "-1e999", "\u{fe0f}\u{fe0f}"
 /// Every variable that the library reads, but for those that name a file.
 fn nonsense(value: &str) -> impl Iterator<Item = (&'static str, String)> {
     let files = ["TWOSHOT_NCCL_LIBRARY", "TWOSHOT_STATS", "NCCL_DEBUG_FILE", "NCCL_DEBUG", "NCCL_DEBUG_SUBSYS"];
-    let names = VARIABLES.iter().map(|variable| variable.name).filter(move |name| !files.contains(name));
+    // A mode is no matter of a vote, see below.
+    let named = |name: &&str| *name != "TWOSHOT_MODE";
+    let names = VARIABLES.iter().map(|variable| variable.name).filter(move |name| !files.contains(name)).filter(named);
     names.map(move |name| (name, value.to_owned()))
 }
 
@@ -177,6 +179,24 @@ fn an_environment_full_of_nonsense_turns_twoshot_off_in_one_line_that_names_a_va
                 said.lines().filter(|line| line.contains("TWOSHOT_") && line.contains("expected")).collect();
             assert!(!lines.is_empty(), "{value:?}: {}", report.outcomes[1]);
             assert!(lines.iter().all(|line| line.contains(" TWOSHOT ") && !line.contains('\u{1b}')), "{lines:?}");
+        }
+    }
+}
+
+#[test]
+fn a_mode_that_does_not_exist_binds_nothing_and_is_named_in_one_line() {
+    for door in [Door::Plugin, Door::Preload, Door::Path] {
+        let job = Job::new(Topology::one_host(2), "allreduce count=1000 reps=2; destroy; release").door(door);
+        let report = job.env("TWOSHOT_MODE", "colnet").run();
+        report.expect_success().expect_nothing_live();
+        for (rank, outcome) in report.outcomes.iter().enumerate() {
+            assert_eq!((routed(outcome), stock_runs(outcome)), (0, 2), "{door:?}: {outcome}");
+            let lines = report.lines(rank);
+            let named = lines.iter().filter(|line| line.contains("TWOSHOT_MODE=colnet: expected one of")).count();
+            assert_eq!(named, 1, "{door:?}: {outcome}");
+            // It takes no part in anything: there is nothing that a peer in another mode would wait for.
+            let bound = lines.iter().filter(|line| line.contains(": OFF,") || line.contains("direct door:")).count();
+            assert_eq!(bound, 0, "{door:?}: {outcome}");
         }
     }
 }

@@ -137,7 +137,14 @@ pub(crate) fn transparent() -> bool {
 
 fn off() -> bool {
     static OFF: OnceLock<bool> = OnceLock::new();
-    *OFF.get_or_init(|| Config::get().mode != Mode::Direct)
+    *OFF.get_or_init(|| {
+        let config = Config::get();
+        if let (Mode::Off, Some(message)) = (config.mode, &config.invalid) {
+            // Nobody will vote, so nobody else says it.
+            warning!(-1, "{message}: twoshot is off");
+        }
+        config.mode != Mode::Direct
+    })
 }
 
 /// Whether NCCL is offered our networks. A forked child has its parent's sockets and GPU state: it is offered nothing.

@@ -94,10 +94,17 @@ impl Config {
     /// The process's configuration. The first use reads the environment; later changes have no effect.
     pub fn get() -> &'static Self {
         static CONFIG: OnceLock<Config> = OnceLock::new();
-        CONFIG.get_or_init(|| {
-            Self::parse(|name| std::env::var_os(name))
-                .unwrap_or_else(|error| Self { invalid: Some(error.to_string()), ..Self::default() })
-                .with_tuning(tuning::read)
+        CONFIG.get_or_init(|| Self::of(|name| std::env::var_os(name)).with_tuning(tuning::read))
+    }
+
+    /// What holds in an environment, malformed or not. The mode and the network that stands in for ours have their effect
+    /// before any vote: they are kept whatever else cannot be understood. A malformed mode is none: nothing is bound.
+    pub fn of(var: impl Fn(&str) -> Option<OsString>) -> Self {
+        Self::parse(&var).unwrap_or_else(|error| Self {
+            mode: mode(&var).unwrap_or(Mode::Off),
+            net: network(&var),
+            invalid: Some(error.to_string()),
+            ..Self::default()
         })
     }
 
@@ -105,9 +112,7 @@ impl Config {
     pub fn parse(var: impl Fn(&str) -> Option<OsString>) -> Result<Self, parse::Invalid> {
         let var = &var;
         let default = Self::default();
-        let mode =
-            choice(var, "TWOSHOT_MODE", &[("direct", Mode::Direct), ("collnet", Mode::CollNet), ("off", Mode::Off)])?
-                .unwrap_or_default();
+        let mode = mode(var)?;
         // In this mode NCCL itself decides what its variables mean; and it only asks where it sees the hosts of one
         // fabric as separate ones, which is what `NCCL_MNNVL_ENABLE=0` is for.
         let asked = mode == Mode::CollNet;
@@ -136,7 +141,7 @@ impl Config {
             shared_gpu: switch(var, "TWOSHOT_SHARED_GPU")?.unwrap_or(false),
             pdl: switch(var, "TWOSHOT_PDL")?.unwrap_or(false),
             sample: integer(var, "TWOSHOT_SAMPLE", 0, 1 << 30)?.map_or(0, |n| u32::try_from(n).unwrap_or(0)),
-            net: text(var, "TWOSHOT_NET").map(PathBuf::from),
+            net: network(var),
             net_direct: switch(var, "TWOSHOT_NET_DIRECT")?.unwrap_or(default.net_direct),
             interfaces: string(var, "NCCL_SOCKET_IFNAME"),
             stats: text(var, "TWOSHOT_STATS").map(PathBuf::from),
@@ -221,6 +226,15 @@ impl Default for Config {
             invalid: None,
         }
     }
+}
+
+fn mode(var: &impl Fn(&str) -> Option<OsString>) -> Result<Mode, parse::Invalid> {
+    let modes = [("direct", Mode::Direct), ("collnet", Mode::CollNet), ("off", Mode::Off)];
+    Ok(choice(var, "TWOSHOT_MODE", &modes)?.unwrap_or_default())
+}
+
+fn network(var: &impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    text(var, "TWOSHOT_NET").map(PathBuf::from)
 }
 
 /// `TWOSHOT_NCCL_LIBRARY`, readable before the rest: the stock library is looked for at the program's first call.

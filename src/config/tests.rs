@@ -35,6 +35,39 @@ fn a_malformed_value_is_an_error_that_names_the_variable() {
 }
 
 #[test]
+fn a_malformed_variable_never_changes_the_mode() {
+    let of = |pairs: &[(&str, &str)]| {
+        Config::of(|name| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value)))
+    };
+    let malformed = [
+        ("TWOSHOT_ENABLE", "maybe"),
+        ("TWOSHOT_ALGO", "ring"),
+        ("TWOSHOT_MIN_BYTES", "few"),
+        ("TWOSHOT_MAX_BYTES", "lots"),
+        ("TWOSHOT_ONESHOT_MAX_BYTES", "-1"),
+        ("TWOSHOT_MAX_BLOCKS", "0"),
+        ("TWOSHOT_MEMORY", "all"),
+        ("TWOSHOT_MULTICAST", "sometimes"),
+        ("TWOSHOT_TIMEOUT_MS", "soon"),
+        ("TWOSHOT_SETUP_TIMEOUT_MS", "1e9"),
+        ("TWOSHOT_SHARED_GPU", "2"),
+    ];
+    for (word, mode) in [("", Mode::Direct), ("direct", Mode::Direct), ("CollNet", Mode::CollNet), ("off", Mode::Off)] {
+        for variable in malformed {
+            let config = of(&[("TWOSHOT_MODE", word), ("TWOSHOT_NET", "/x.so"), variable]);
+            assert_eq!((config.mode, &config.net), (mode, &Some(PathBuf::from("/x.so"))), "{word} {variable:?}");
+            assert!(config.invalid.is_some_and(|line| line.contains(variable.0)), "{word} {variable:?}");
+        }
+        assert_eq!(of(&[("TWOSHOT_MODE", word)]).invalid, None);
+    }
+    for others in [&[][..], &malformed] {
+        let config = of(&[&[("TWOSHOT_MODE", "fast")], others].concat());
+        assert_eq!(config.mode, Mode::Off);
+        assert!(config.invalid.is_some_and(|line| line.contains("TWOSHOT_MODE=fast")));
+    }
+}
+
+#[test]
 fn nccl_algo_and_proto_are_obeyed_only_where_they_name_allreduce() {
     for (value, forbidden) in [
         ("Ring", true),

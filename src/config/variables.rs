@@ -21,7 +21,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "TWOSHOT_MODE",
         "direct",
-        "`direct` binds `ncclAllReduce`; `collnet` offers NCCL a collective network, a network and a tuner (`docs/official-door.md`); `off` leaves NCCL as if the library were not there.",
+        "`direct` binds `ncclAllReduce`; `collnet` offers NCCL a collective network, a network and a tuner (`docs/official-door.md`); `off` leaves NCCL as if the library were not there, and so does a word that is none of these. Must be the same on all ranks.",
     ),
     variable(
         "TWOSHOT_ENABLE",
