@@ -155,10 +155,25 @@ pub(crate) fn collnet_mode() -> bool {
 
 /// Runs a stock function that may call public functions itself; those pass straight through.
 pub(crate) fn inside<T>(call: impl FnOnce(&Functions) -> T, stock: &Stock) -> T {
-    let before = INSIDE.try_with(|flag| flag.replace(true)).unwrap_or(true);
-    let result = call(&stock.nccl);
-    let _ = INSIDE.try_with(|flag| flag.set(before));
-    result
+    let _inside = Inside::enter();
+    call(&stock.nccl)
+}
+
+/// While it lives this thread is inside stock NCCL, however that ends: a panic must not leave it there for ever.
+struct Inside {
+    before: bool,
+}
+
+impl Inside {
+    fn enter() -> Self {
+        Self { before: INSIDE.try_with(|flag| flag.replace(true)).unwrap_or(true) }
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        let _ = INSIDE.try_with(|flag| flag.set(self.before));
+    }
 }
 
 static FORKED: AtomicBool = AtomicBool::new(false);
@@ -266,4 +281,23 @@ fn targets() -> Vec<(&'static CStr, *const c_void)> {
     targets.extend(group::targets());
     targets.extend(lifecycle::targets());
     targets
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_inside_a_stock_function_leaves_the_thread_as_it_was() {
+        for before in [false, true] {
+            INSIDE.set(before);
+            let code = guard(|| {
+                let _inside = Inside::enter();
+                assert!(INSIDE.get());
+                panic!("inside");
+            });
+            assert_eq!((code, INSIDE.get()), (code::INTERNAL, before));
+        }
+        INSIDE.set(false);
+    }
 }
