@@ -173,6 +173,17 @@ fn a_non_blocking_communicator_stays_with_stock_and_so_do_its_children() {
 }
 
 #[test]
+fn a_split_that_yields_nothing_leaves_no_trace() {
+    // The first communicator is made before the plugin door opens, so it is first seen at its first call.
+    let program = "init; split color=0 none=all max_ctas=1; destroy; allreduce count=20000 path=routed; destroy";
+    let report = Job::new(Topology::one_host(2).gpus("sms=4"), program).run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for rank in 0..2 {
+        assert!(report.lines(rank).iter().any(|line| line.contains(": ON,") && line.contains("blocks 4,")));
+    }
+}
+
+#[test]
 fn made_inside_a_group_a_non_blocking_communicator_is_known_as_such() {
     let program = "group_start; init blocking=0 wait=0; expect_error code=7; group_end; async_error expect=0 within=5000; \
         allreduce count=100; destroy";

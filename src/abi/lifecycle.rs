@@ -79,9 +79,9 @@ fn make(config: Config, parent: Option<Comm>, made: *mut Comm, call: impl FnOnce
             let grouped = group::open();
             if !comm.is_null() && (!grouped || comm != before) {
                 comm::created(comm as usize, hints(config, parent));
-            } else {
+            } else if grouped || result == code::IN_PROGRESS {
                 comm::expected(hints(config, parent));
-            }
+            } // Else none was made: a split without a colour.
         }
         result
     })

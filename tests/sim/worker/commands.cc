@@ -359,7 +359,7 @@ void Driver::init_all(const Statement& s) {
 }
 
 // The child becomes current. `mod=2`: color is rank modulo 2; `div=2`: rank divided by 2; `none=3`: rank 3
-// gets no color; `reverse`: keys count down.
+// gets no color, `none=all`: no rank; `reverse`: keys count down; `max_ctas=N`: asked for by a configuration.
 void Driver::split(const Statement& s) {
   std::vector<Lane*> lanes = concerned(s);
   std::vector<ncclComm_t> children(lanes.size(), nullptr);
@@ -373,9 +373,16 @@ void Driver::split(const Statement& s) {
     if (s.has("mod")) color = parent.rank % int(s.number("mod", 1));
     if (s.has("xor")) color = std::min(parent.rank, parent.rank ^ int(s.number("xor", 0)));   // pairs
     if (s.has("div")) color = parent.rank / int(s.number("div", 1));
-    if (s.number("none", -1) == parent.rank) color = NCCL_SPLIT_NOCOLOR;
+    if (s.text("none", "") == "all" || (s.has("none") && atoi(s.text("none", "").c_str()) == parent.rank)) {
+      color = NCCL_SPLIT_NOCOLOR;
+    }
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.maxCTAs = int(s.number("max_ctas", NCCL_CONFIG_UNDEF_INT));
+    // As in `init`.
+    config.size = offsetof(ncclConfig_t, trafficClass);
+    config.version = NCCL_VERSION(2, 20, 3);
     int key = s.number("reverse", 0) ? parent.ranks - parent.rank : parent.rank;
-    result = call::ncclCommSplit(parent.comm, color, key, &children[i], nullptr);
+    result = call::ncclCommSplit(parent.comm, color, key, &children[i], s.has("max_ctas") ? &config : nullptr);
     if (!fused) result = settle(parent, result);
   }
   if (fused) result = call::ncclGroupEnd();
