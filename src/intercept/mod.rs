@@ -7,6 +7,7 @@
 pub mod elf;
 mod functions;
 mod objects;
+mod pages;
 mod pass;
 mod relocate;
 mod scope;

@@ -93,7 +93,8 @@ impl Loaded<'_> {
             .collect()
     }
 
-    /// Whether the dynamic linker takes the right to write from this place once it has relocated the object.
+    /// Whether the dynamic linker takes the right to write from this place once it has relocated the object. (Of the
+    /// last page, if it is shared with other data, it does not.)
     pub fn is_read_only_after_loading(&self, offset: u64) -> bool {
         self.headers()
             .iter()

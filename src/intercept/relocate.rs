@@ -9,12 +9,13 @@
 
 use super::elf::SlotKind;
 use super::objects::{self, Loaded, Next, Object};
+use super::pages::{Protections, WRITING, with_writable};
 use super::stock::{self, Library, Stock};
 use std::cell::RefCell;
-use std::ffi::{CStr, CString, c_int, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 /// What a binding found and did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -200,8 +201,6 @@ fn will_be_stock(object: &Object, name: &CStr, stock: &Library, us: &Object) -> 
 
 /// Step three: writes the slots to be replaced. Returns how many could not be written.
 fn write(candidates: &mut [Candidate], address: &dyn Fn(usize) -> usize, stock: &Library) -> usize {
-    // Two threads that change one page's protection would undo each other's change.
-    static WRITING: std::sync::Mutex<()> = std::sync::Mutex::new(());
     if candidates.iter().all(|c| c.state != State::Replace) {
         return 0;
     }
@@ -216,8 +215,10 @@ fn write(candidates: &mut [Candidate], address: &dyn Fn(usize) -> usize, stock: 
             let Some(word) = object.word(candidate.offset) else {
                 continue;
             };
-            let protection = protections.of(object, candidate.offset);
-            let written = with_writable(word, protection, || {
+            // Another thread may be loading this object: its pages can become read-only at any moment.
+            let settled = !object.is_read_only_after_loading(candidate.offset);
+            let rights = protections.of(object, candidate.offset);
+            let written = with_writable(word, rights, settled, || {
                 let new = address(candidate.name);
                 let swap = |old| word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire);
                 match swap(candidate.value) {
@@ -257,106 +258,4 @@ fn summarise(candidates: &[Candidate], before: usize, failed: usize) -> BindRepo
     report.objects = report.bound.len();
     report.changed = report.slots - before;
     report
-}
-
-/// Runs `change` while the page of `word` is writable, whatever its rights are.
-pub(super) fn change_word(word: &AtomicUsize, change: impl FnOnce() -> bool) -> bool {
-    let address = std::ptr::from_ref(word) as u64;
-    let maps = Protections::read();
-    let found = maps.0.iter().find(|(range, _)| range.contains(&address));
-    found.is_some_and(|(_, rights)| with_writable(word, *rights, change))
-}
-
-/// Runs `change` while the page of `word` is writable, and restores its protection.
-fn with_writable(word: &AtomicUsize, protection: c_int, change: impl FnOnce() -> bool) -> bool {
-    if protection & libc::PROT_WRITE != 0 {
-        return change();
-    }
-    // SAFETY: asks for a number.
-    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
-    let start = (std::ptr::from_ref(word) as usize / page * page) as *mut c_void;
-    // SAFETY: the page is mapped by a loaded object that cannot go away now; only rights are added.
-    if unsafe { libc::mprotect(start, page, protection | libc::PROT_WRITE) } != 0 {
-        return false;
-    }
-    let changed = change();
-    // SAFETY: as above; takes the added right back.
-    unsafe { libc::mprotect(start, page, protection) };
-    changed
-}
-
-/// The rights of this process's pages, read once per binding.
-struct Protections(Vec<(Range<u64>, c_int)>);
-
-impl Protections {
-    fn read() -> Self {
-        let text = std::fs::read("/proc/self/maps").unwrap_or_default();
-        Self(String::from_utf8_lossy(&text).lines().filter_map(Self::line).collect())
-    }
-
-    fn line(line: &str) -> Option<(Range<u64>, c_int)> {
-        let (range, rest) = line.split_once(' ')?;
-        let (start, end) = range.split_once('-')?;
-        let mut protection = libc::PROT_NONE;
-        for (letter, right) in [('r', libc::PROT_READ), ('w', libc::PROT_WRITE), ('x', libc::PROT_EXEC)] {
-            if rest.get(..4)?.contains(letter) {
-                protection |= right;
-            }
-        }
-        let number = |text| u64::from_str_radix(text, 16).ok();
-        Some((number(start)?..number(end)?, protection))
-    }
-
-    /// Without /proc: what the object asked for.
-    fn of(&self, object: &Loaded<'_>, offset: u64) -> c_int {
-        let address = object.base().wrapping_add(offset);
-        let known = self.0.iter().find(|(range, _)| range.contains(&address));
-        match known {
-            Some((_, protection)) => *protection,
-            None if object.is_read_only_after_loading(offset) => libc::PROT_READ,
-            None => libc::PROT_READ | libc::PROT_WRITE,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_rights_of_a_mapping_are_read_from_its_line() {
-        let read_only = "7f00-8000 r--p 00000000 08:01 42 /lib/libx.so";
-        assert_eq!(Protections::line(read_only), Some((0x7f00..0x8000, libc::PROT_READ)));
-        let all = "1000-2000 rwxp 00000000 00:00 0";
-        assert_eq!(
-            Protections::line(all),
-            Some((0x1000..0x2000, libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC))
-        );
-        for broken in ["", "x", "1-2", "1-2 r", "zz-1 r--p"] {
-            assert_eq!(Protections::line(broken), None, "{broken}");
-        }
-    }
-
-    #[test]
-    fn a_page_that_was_read_only_is_written_and_is_read_only_again() {
-        // SAFETY: a fresh private page.
-        let page = unsafe {
-            libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
-        };
-        assert_ne!(page, libc::MAP_FAILED);
-        // SAFETY: the page is zero bytes, aligned, and never unmapped.
-        let word = unsafe { AtomicUsize::from_ptr(page.cast()) };
-        let rights = || {
-            let all = Protections::read().0;
-            let (_, right) =
-                all.into_iter().find(|(range, _)| range.contains(&(page as u64))).expect("the page is mapped");
-            right
-        };
-        assert_eq!(rights(), libc::PROT_READ);
-        assert!(with_writable(word, rights(), || {
-            word.store(7, Ordering::Relaxed);
-            true
-        }));
-        assert_eq!((word.load(Ordering::Relaxed), rights()), (7, libc::PROT_READ));
-    }
 }

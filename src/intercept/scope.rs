@@ -7,7 +7,7 @@
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::relocate::change_word;
+use super::pages::change_word;
 
 /// One entry of the dynamic symbol table, 64 bit.
 #[repr(C)]
