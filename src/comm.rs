@@ -18,7 +18,7 @@ use crate::domain::{Declined, Tuned};
 use crate::driver::{Context, Fault, RawStream, Remains, nvtx};
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
-use crate::setup::{Established, Request, establish};
+use crate::setup::{Binding, Established, Request, establish};
 use crate::stats::Standing;
 use crate::table::Source;
 use crate::{info, tuning, warning};
@@ -193,17 +193,18 @@ impl Communicator {
 
     /// Sets it up with its peers and latches the outcome: no later call tries again.
     ///
-    /// `context` is the device's, or why there is none; `nccl` the version code of stock NCCL.
+    /// `context` is the device's, or why there is none; `nccl` the version code of stock NCCL; `bound` what of the
+    /// program's calls leads here.
     pub fn set_up(
         &self,
         exchange: &mut dyn Exchange,
         device: i32,
         context: Result<Arc<Context>>,
-        nccl: i32,
+        (nccl, bound): (i32, Binding),
     ) -> Result<()> {
         let config = Config::get();
         let Hints { max_blocks, non_blocking } = self.hints;
-        let request = Request { device, max_blocks, non_blocking, nccl: tuning::band(nccl) };
+        let request = Request { device, max_blocks, non_blocking, nccl: tuning::band(nccl), bound };
         let (rank, ranks) = (exchange.rank(), exchange.ranks());
         self.counters.identify(device, rank, ranks);
         nvtx::prepare(config.nvtx.as_deref());

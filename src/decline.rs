@@ -62,6 +62,8 @@ declines! {
     KnownAnswer = 26, "known-answer", "an AllReduce of known data did not give the known result on this rank";
     Deadline = 27, "deadline", "a step of this rank did not end within TWOSHOT_SETUP_TIMEOUT_MS";
     Memory = 29, "memory", "the windows of this process's communicators on this rank's device take all of TWOSHOT_MEMORY";
+    BindingDiffers = 30, "binding-differs", "not the same calls lead to twoshot on this rank as on rank 0: load libraries that use NCCL before the first communicator is made, on all ranks, or preload twoshot";
+    BindingIncomplete = 31, "binding-incomplete", "calls of this rank to NCCL could not be led to twoshot (a page of call slots that the kernel does not let be changed): preload twoshot";
     Foreign = 28, "foreign", "this rank sent data that is not twoshot's";
 }
 

@@ -114,6 +114,7 @@ pub fn merge(blobs: &[Blob]) -> Result<Domain, Declined> {
     }
     require(Decline::VersionDiffers, &|f| f.build == first.build)?;
     require(Decline::ConfigDiffers, &|f| f.config == first.config)?;
+    require(Decline::BindingDiffers, &|f| f.bound == first.bound)?;
     require(Decline::Architecture, &|f| f.arch >= MIN_ARCH)?;
     require(Decline::NoVirtualMemory, &|f| f.vmm)?;
     for (rank, own) in facts.iter().enumerate() {
@@ -235,6 +236,7 @@ mod tests {
     fn what_one_rank_lacks_declines_all() {
         declines(|f| f.config = 1, Decline::ConfigDiffers);
         declines(|f| f.build = 1, Decline::VersionDiffers);
+        declines(|f| f.bound = 1, Decline::BindingDiffers);
         declines(|f| f.arch = 80, Decline::Architecture);
         declines(|f| f.vmm = false, Decline::NoVirtualMemory);
         declines(|f| f.gpu = [1; 16], Decline::SharedGpu);

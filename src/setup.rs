@@ -75,6 +75,17 @@ pub struct Request {
     pub non_blocking: bool,
     /// Minor release of stock NCCL.
     pub nccl: u32,
+    /// What of the program's calls leads to us.
+    pub bound: Binding,
+}
+
+/// What of the program's calls leads to us where the plugin door was opened; through the other doors all do.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Binding {
+    /// The same on two ranks where the same functions of the same objects are bound.
+    pub digest: u64,
+    /// A call could not be led here.
+    pub incomplete: bool,
 }
 
 /// The common verdict.

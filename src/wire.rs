@@ -35,6 +35,8 @@ pub struct Facts {
     pub nccl: u32,
     /// Deadline of one of its steps, in milliseconds.
     pub deadline_ms: u32,
+    /// Digest of the calls that lead to twoshot; 0 where all do.
+    pub bound: u64,
     /// Identity of the host.
     pub host: [u8; 16],
     /// Identity of the process, random.
@@ -219,7 +221,7 @@ impl Facts {
     pub fn encode(&self) -> Blob {
         let mut writer = Writer::new(FACTS);
         writer.u32(self.ranks).u32(self.rank).declined(self.declined).u64(self.config).u64(self.build);
-        writer.u64(self.tuning).u32(self.nccl).u32(self.deadline_ms);
+        writer.u64(self.tuning).u32(self.nccl).u32(self.deadline_ms).u64(self.bound);
         writer.bytes(&self.host).bytes(&self.process).bytes(&self.gpu).bytes(&self.bus_id);
         writer.u32(self.arch).u32(self.blocks);
         writer.flag(self.vmm).flag(self.fd_handles).flag(self.fabric_handles).flag(self.multicast);
@@ -240,6 +242,7 @@ impl Facts {
             tuning: r.u64()?,
             nccl: r.u32()?,
             deadline_ms: r.u32()?,
+            bound: r.u64()?,
             host: r.take()?,
             process: r.take()?,
             gpu: r.take()?,
@@ -311,7 +314,7 @@ mod tests {
         #[test]
         fn a_blob_comes_back_as_it_was(rank: u32, config: u64, host: [u8; 16], flag: bool, code: i32) {
             let facts = Facts {
-                rank, config, host, process: host, deadline_ms: rank, multicast: flag, declined: flag.then_some((Decline::Map, code)), ..Facts::default()
+                rank, config, bound: !config, host, process: host, deadline_ms: rank, multicast: flag, declined: flag.then_some((Decline::Map, code)), ..Facts::default()
             };
             prop_assert_eq!(Facts::decode(&facts.encode()), Some(facts));
             let mut step = Step { declined: Some((Decline::Import, code)), socket: host, ..Step::new(3, rank) };

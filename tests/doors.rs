@@ -293,6 +293,39 @@ fn every_other_collective_passes_through_and_is_right() {
     }
 }
 
+/// Three ranks share two communicators, and a library that uses NCCL is loaded between them; meanwhile two of the ranks
+/// have made one more. `door` opens on all ranks.
+fn loaded_late(door: Door, release: u32) -> Report {
+    let program = "init; allreduce count=100 path=routed; extend; init ranks=2 on=0,1; \
+        allreduce count=50 on=0,1 path=routed; destroy on=0,1; init by=extension; allreduce count=300 by=extension reps=3; \
+        allreduce count=60 path=routed; use comm=0; allreduce count=70 path=routed; allreduce count=80 by=extension; \
+        destroy; destroy; release";
+    Job::new(Topology::one_host(3), program).door(door).env("SIM_NCCL_VERSION", release).run()
+}
+
+#[test]
+fn a_library_loaded_late_is_bound_on_all_ranks_of_a_communicator_or_none_though_some_ranks_made_more_communicators() {
+    for release in [22605, 22809, 23007] {
+        let report = loaded_late(Door::Plugin, release);
+        report.expect_success().expect_on().expect_nothing_live();
+        for (rank, outcome) in report.outcomes.iter().enumerate() {
+            assert_eq!(routed(outcome), if rank < 2 { 4 } else { 3 }, "{outcome}");
+            assert_eq!(stock_runs(outcome), 4, "{outcome}");
+            if rank < 2 {
+                let said =
+                    report.lines(rank).iter().filter(|line| line.contains("after the first communicator")).count();
+                assert_eq!(said, 1, "{outcome}");
+            }
+        }
+    }
+    // Preloaded, twoshot stands before NCCL for every library.
+    let report = loaded_late(Door::Preload, 22809);
+    report.expect_success().expect_on().expect_nothing_live();
+    for (rank, outcome) in report.outcomes.iter().enumerate() {
+        assert_eq!((routed(outcome), stock_runs(outcome)), (if rank < 2 { 8 } else { 7 }, 0), "{outcome}");
+    }
+}
+
 #[test]
 fn loaded_on_some_ranks_only_the_loaded_ones_name_that_cause() {
     let library = twoshot_library();

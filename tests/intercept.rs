@@ -199,7 +199,7 @@ fn loading_the_plugin_twice_changes_nothing_more() {
 }
 
 #[test]
-fn libraries_opened_before_and_after_the_plugin_are_rerouted() {
+fn a_library_opened_before_the_plugin_is_rerouted_and_one_opened_after_it_is_not() {
     let plugin = plugin();
     let user = built().text("user_a.so");
     let steps = ["open", &user, "slots", "user", "user_init", "slots", "user", "user_all_reduce"];
@@ -207,11 +207,15 @@ fn libraries_opened_before_and_after_the_plugin_are_rerouted() {
     before.has("user_all_reduce 0");
     assert_eq!(before.slot("user_a.so", "ncclAllReduce"), ["lazy", US]);
 
-    // Opened later, it is rerouted with the next communicator.
-    let steps = ["init", "open", &user, "slots", "user", "user_init", "slots", "user", "user_all_reduce"];
+    // Opened later, it is left to stock NCCL: there is no later moment at which all ranks would reroute it.
+    let steps =
+        ["init", "open", &user, "slots", "user", "user_init", "slots", "call", "user", "user_all_reduce", "report"];
     let after = run("lazy", &[("NCCL_NET_PLUGIN", &plugin)], &steps);
+    after.has("call 0");
     after.has("user_all_reduce 0");
-    assert_eq!(after.slot("user_a.so", "ncclAllReduce"), ["lazy", US]);
+    after.has("fake 22809 reductions 2 nested 2");
+    assert_eq!(after.slot("user_a.so", "ncclAllReduce"), ["lazy", "lazy"]);
+    assert_eq!(after.slot("program", "ncclAllReduce"), [US, US]);
 }
 
 #[test]

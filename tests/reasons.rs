@@ -78,6 +78,12 @@ fn provoke(reason: Decline) -> Option<(Job, u32, i32)> {
             let job = fault("rank=1,call=cuMemCreate,nth=1,block");
             (job.env("TWOSHOT_SETUP_TIMEOUT_MS", 1000), 1, 0)
         }
+        // Its peer has no such library.
+        Decline::BindingDiffers => (two().rank_program(1, &format!("extend; init; {PROGRAM}")), 1, 0),
+        Decline::BindingIncomplete => {
+            let job = two().rank_program(0, &format!("extend; init; {PROGRAM}"));
+            (job.rank_program(1, &format!("extend frozen=1; init; {PROGRAM}")), 1, 0)
+        }
         Decline::Memory => (two().rank_env(1, "TWOSHOT_MEMORY", "1M"), 1, 0),
         // Needs a peer that is not twoshot and yet answers in its place; tested beside `exchange::vote`.
         Decline::Foreign => return None,

@@ -61,7 +61,7 @@ fn set_up_claimed(stock: &Stock, communicator: &Arc<Communicator>, comm: Comm, s
         communicator.decline();
         return Ok(());
     }
-    super::bind_again();
+    let bound = super::binding::again();
     let _settled = Settled(communicator);
     let deadline = Duration::from_millis(Config::get().setup_timeout_ms);
     let outcome = inside(
@@ -70,7 +70,7 @@ fn set_up_claimed(stock: &Stock, communicator: &Arc<Communicator>, comm: Comm, s
             let own = context.as_ref().ok().map(Arc::clone);
             let mut exchange =
                 StockExchange::new(stock, (communicator, comm), device, (rank, ranks), own, stream, deadline)?;
-            communicator.set_up(&mut exchange, device, context, stock.version)
+            communicator.set_up(&mut exchange, device, context, (stock.version, bound))
         },
         stock,
     );

@@ -1,5 +1,6 @@
 //! The doors: exported C symbols. Null checks, `catch_unwind`, and nothing else; decisions are made below.
 
+mod binding;
 mod collectives;
 mod collnet;
 mod exchange;
@@ -15,7 +16,7 @@ mod tuner;
 pub use report::Description;
 
 use std::cell::Cell;
-use std::ffi::{CStr, c_int, c_void};
+use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Once, OnceLock};
 
@@ -235,52 +236,7 @@ pub(crate) fn plugin_loaded(inside_nccl: *const c_void) {
         return;
     }
     intercept::learn_caller(inside_nccl);
-    PLUGGED.store(true, Ordering::Relaxed);
-    bind();
-}
-
-/// Again at each set-up, where the door was opened by the plugin: objects may have been loaded since.
-pub(crate) fn bind_again() {
-    if PLUGGED.load(Ordering::Relaxed) {
-        bind();
-    }
-}
-
-static PLUGGED: AtomicBool = AtomicBool::new(false);
-
-/// Reroutes the calls of every loaded object.
-fn bind() {
-    let Ok(stock) = stock() else { return };
-    match intercept::bind_relocations(&targets()) {
-        Ok(report) => {
-            if report.slots > 0 {
-                intercept::pin_library();
-            }
-            if report.changed > 0 || report.failed > 0 {
-                info!(
-                    -1,
-                    "direct door: {} call slots in {} objects lead here, {} lead to another NCCL, {} could not be \
-                     written; stock NCCL {} at {}",
-                    report.slots,
-                    report.objects,
-                    report.refused,
-                    report.failed,
-                    stock.version,
-                    stock.path.display()
-                );
-            }
-        }
-        Err(error) => warning!(-1, "the direct door stays shut: {error}"),
-    }
-}
-
-/// The functions whose call slots lead to us: all that are written by hand.
-fn targets() -> Vec<(&'static CStr, *const c_void)> {
-    let mut targets = collectives::targets();
-    targets.extend(collectives::configured_targets());
-    targets.extend(group::targets());
-    targets.extend(lifecycle::targets());
-    targets
+    binding::open();
 }
 
 #[cfg(test)]

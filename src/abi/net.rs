@@ -8,7 +8,8 @@
 //!   2.29 call `finalize` all the same. So `init` always succeeds, whatever happens inside, and `devices` says 0.
 //! - `finalize` (v11, v12) is called after `devices` said 0. It must exist and succeed.
 //! - `init` runs once per process, except in 2.22 to 2.26, which unload and reload the plugin when the last communicator
-//!   is gone, and for v11 and v12, where it runs for every communicator. Running again is harmless.
+//!   is gone. (For v11 and v12 it runs for every communicator, but only of a network that has devices: one without is
+//!   disabled for good.) Running again is harmless.
 //! - `init` runs inside the first communicator's creation, in its thread, under NCCL's plugin lock. For versions older
 //!   than its own NCCL reads the other functions of the table after `init`; its own version's it reads at every call.
 //! - Since 2.28.7 a plugin whose `name` is not the network that the user chose (`NCCL_NET`, or a communicator's `netName`)

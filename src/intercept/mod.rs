@@ -16,19 +16,22 @@ mod trampoline;
 pub mod walk;
 
 pub use functions::{CallConfig, Code, Comm, Config, Functions, Stream, UniqueId};
-pub use relocate::BindReport;
+pub use relocate::{BindReport, Known};
 pub use scope::{conceal, withdraw};
 pub use stock::{Stock, StockError, learn_caller, set_explicit_path, stock};
 pub use trampoline::set_log;
 
 use std::ffi::{CStr, c_void};
 
-/// Reroutes the calls of all loaded objects from the stock library to `targets`, pairs of a name and our function.
+/// Reroutes calls from the stock library to `targets`, pairs of a name and our function: those of all loaded objects or,
+/// where it is done again, those of the objects that the first time found.
 ///
-/// The stock library must be loaded; without one nothing is rerouted. May be called again, e.g. whenever a communicator
-/// is made: objects loaded since then are rerouted, the rest is left as it is.
-pub fn bind_relocations(targets: &[(&CStr, *const c_void)]) -> Result<BindReport, StockError> {
-    Ok(relocate::bind(stock()?, targets))
+/// The stock library must be loaded; without one nothing is rerouted.
+pub fn bind_relocations(
+    targets: &[(&CStr, *const c_void)],
+    known: Option<&Known>,
+) -> Result<(BindReport, Known), StockError> {
+    Ok(relocate::bind(stock()?, targets, known))
 }
 
 /// Keeps this library loaded for good. To be called once slots lead into it: closing it would leave them dangling.

@@ -174,6 +174,12 @@ impl Object {
         self.base == object.base() && self.name == object.name()
     }
 
+    /// The name of its file without folders; of the program itself, whose name may differ from rank to rank, none.
+    pub fn file_name(&self) -> Vec<u8> {
+        let bytes = self.name.to_bytes();
+        bytes.rsplit(|byte| *byte == b'/').next().unwrap_or(bytes).to_vec()
+    }
+
     /// The object's file; for the program itself the file that was started.
     pub fn path(&self) -> PathBuf {
         if self.name.is_empty() {

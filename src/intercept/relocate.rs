@@ -32,7 +32,15 @@ pub struct BindReport {
     pub refused: usize,
     /// Slots that lead to the stock library but could not be written.
     pub failed: usize,
+    /// Objects whose calls go to the stock library because they were not among those that were to be bound.
+    pub later: Vec<PathBuf>,
+    /// The same for the same functions of the same objects, in whatever order and at whatever addresses.
+    pub digest: u64,
 }
+
+/// Objects with slots for the wanted functions, as a binding found them.
+#[derive(Debug, Clone, Default)]
+pub struct Known(Vec<Object>);
 
 /// Where a slot leads before anything is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,12 +64,11 @@ struct Candidate {
     state: State,
 }
 
-/// Makes every slot that leads to the stock library lead to the given functions instead.
-///
-/// Calling it again does nothing but find objects that were loaded since.
-pub fn bind(stock: &Stock, targets: &[(&CStr, *const c_void)]) -> BindReport {
+/// Makes every slot that leads to the stock library lead to the given functions instead, in all objects or, again, in
+/// those that are known.
+pub fn bind(stock: &Stock, targets: &[(&CStr, *const c_void)], known: Option<&Known>) -> (BindReport, Known) {
     let Some(us) = objects::ourselves() else {
-        return BindReport::default();
+        return (BindReport::default(), Known::default());
     };
     let ours: Vec<_> = targets.iter().filter_map(|target| own_target(*target, &us)).collect();
     let targets = ours.as_slice();
@@ -88,10 +95,41 @@ pub fn bind(stock: &Stock, targets: &[(&CStr, *const c_void)]) -> BindReport {
             };
         }
     }
+    let mut later = Vec::new();
+    if let Some(Known(known)) = known {
+        candidates.retain(|candidate| {
+            let bound = known.contains(&candidate.object);
+            if !bound && candidate.state == State::Replace && !later.contains(&candidate.object) {
+                later.push(candidate.object.clone());
+            }
+            bound
+        });
+    }
     let names = |name: usize| targets[name].1 as usize;
     let before = candidates.iter().filter(|c| c.state == State::Done).count();
     let failed = write(&mut candidates, &names, stock.library());
-    summarise(&candidates, before, failed)
+    let later = later.iter().map(Object::path).collect();
+    let report = BindReport { failed, later, digest: digest(&candidates, targets), ..BindReport::default() };
+    let mut objects = Vec::new();
+    for candidate in &candidates {
+        if !objects.contains(&candidate.object) {
+            objects.push(candidate.object.clone());
+        }
+    }
+    (summarise(&candidates, before, report), Known(objects))
+}
+
+/// FNV-1a over the bound functions by object. An object goes by its file's name: folders differ between hosts.
+fn digest(candidates: &[Candidate], targets: &[(&CStr, *const c_void)]) -> u64 {
+    let mut bound: Vec<(Vec<u8>, &[u8])> = candidates
+        .iter()
+        .filter(|candidate| candidate.state == State::Done)
+        .map(|candidate| (candidate.object.file_name(), targets[candidate.name].0.to_bytes()))
+        .collect();
+    bound.sort_unstable();
+    bound.dedup();
+    let bytes = bound.iter().flat_map(|(object, function)| [object, &b"\0"[..], function, b"\n"].concat());
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 
 /// Our function of a target. Where the linker was not told `-Bsymbolic`, the address of an exported function is that of the
@@ -239,8 +277,7 @@ fn write(candidates: &mut [Candidate], address: &dyn Fn(usize) -> usize, stock: 
     failed
 }
 
-fn summarise(candidates: &[Candidate], before: usize, failed: usize) -> BindReport {
-    let mut report = BindReport { failed, ..BindReport::default() };
+fn summarise(candidates: &[Candidate], before: usize, mut report: BindReport) -> BindReport {
     for candidate in candidates {
         match candidate.state {
             State::Done => {

@@ -22,6 +22,7 @@ use crate::driver::{Context, Event, Place, Scratch, Stream, copy, device_address
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
 use crate::route::{Agreement, Plan, Route, decide};
+use crate::setup::Binding;
 use crate::steps::bounded;
 use crate::wire::{BLOB, Blob};
 use crate::{info, record, warning};
@@ -156,7 +157,7 @@ impl Coll {
         let own = context.as_ref().ok().map(Arc::clone);
         let communicator = Communicator::default();
         // Which NCCL it is cannot be told here; a program may hold it in itself.
-        communicator.set_up(&mut exchange, device, context, 0)?;
+        communicator.set_up(&mut exchange, device, context, (0, Binding::default()))?;
         let (State::Ready(ready), Some(context)) = (communicator.state(), own) else { return Ok(None) };
         let ready = Arc::clone(ready);
         if let Err(error) = alike(&mut exchange) {

@@ -72,6 +72,7 @@ pub fn facts(
     let mut facts = Facts { ranks, rank, config: config.digest(), build: build(), ..Facts::default() };
     facts.nccl = request.nccl;
     facts.deadline_ms = u32::try_from(config.setup_timeout_ms).unwrap_or(u32::MAX);
+    facts.bound = request.bound.digest;
     facts.tuning = match &config.tuning {
         None => 0,
         Some(Ok(tuning)) => tuning.digest(),
@@ -86,6 +87,8 @@ pub fn facts(
         Some(Decline::Forbidden)
     } else if request.non_blocking {
         Some(Decline::NonBlocking)
+    } else if request.bound.incomplete {
+        Some(Decline::BindingIncomplete)
     } else if ranks < 2 {
         Some(Decline::OneRank)
     } else {

@@ -45,6 +45,7 @@ fn main() {
         println!("cargo::rerun-if-changed={}", watched.display());
     }
     println!("cargo::rerun-if-changed={}", dir("plugin").display());
+    println!("cargo::rerun-if-changed={}", dir("extension").display());
     fs::create_dir_all(out.join("lib/old")).expect("OUT_DIR/lib/old");
     fs::create_dir_all(out.join("bin")).expect("OUT_DIR/bin");
 
@@ -100,6 +101,15 @@ fn main() {
             includes: vec![include.clone(), dir("nccl")],
             define: &[],
             link,
+        });
+        // What a program loads late.
+        targets.push(Target {
+            output: "lib/libsim_extension.so",
+            link_name: None,
+            sources: sources(&dir("extension")),
+            includes: vec![include.clone()],
+            define: &[],
+            link: ["-shared", "-Wl,-z,now", "-Wl,-z,relro", "-lnccl"].map(Into::into).to_vec(),
         });
         // Another vendor's network plugin, which twoshot must get along with.
         targets.push(Target {

@@ -106,6 +106,7 @@ Call Driver::plan(const Statement& s, Lane& lane, uint64_t number) {
   c.on_device = s.text("scalar", "host") == "device";
   c.exact = int(s.number("exact", options_.exact));
   c.configured = s.number("config", 0) != 0;
+  c.extended = s.text("by", "") == "extension";
   if (s.has("pairs")) c.payload.kind = Payload::kPairs;
   c.payload.special = s.number("special", (c.op == ncclSum || c.exact == 2) && !c.scaled) != 0;
   c.in_place = s.number("inplace", 0) != 0;
@@ -201,7 +202,8 @@ ncclResult_t Driver::issue(Call& c) {
         std::memset(&config, 0xff, sizeof config);
         break;
       }
-      result = call::ncclAllReduce(pointer(in), pointer(out), c.count, c.type, op, comm, stream);
+      result = (c.extended ? extension().all_reduce : call::ncclAllReduce)(pointer(in), pointer(out), c.count, c.type,
+                                                                           op, comm, stream);
       break;
     case Coll::kReduce:
       result = call::ncclReduce(pointer(in), pointer(out), c.count, c.type, op, c.root, comm, stream);

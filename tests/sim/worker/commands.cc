@@ -181,6 +181,8 @@ bool Driver::dispatch(const Statement& s) {
       for (Call& c : graph.calls) give_back(c);
     }
     graphs_.clear();
+  } else if (n == "extend") {
+    if (!concerned(s).empty()) open_extension(s.number("frozen", 0) != 0);
   } else if (n == "init") {
     init(s);
   } else if (n == "init_all") {
@@ -320,7 +322,9 @@ void Driver::init(const Statement& s) {
   if (fused) accept(call::ncclGroupStart(), "ncclGroupStart");
   for (size_t i = 0; i < lanes.size(); ++i) {
     use_lane(*lanes[i]);
-    if (!configured) {
+    if (s.text("by", "") == "extension") {
+      result = extension().init(&comms[i], ranks, id, lanes[i]->rank);
+    } else if (!configured) {
       result = call::ncclCommInitRank(&comms[i], ranks, id, lanes[i]->rank);
     } else {
       ncclConfig_t config = NCCL_CONFIG_INITIALIZER;

@@ -107,6 +107,7 @@ struct Call {
   std::shared_ptr<uint64_t> factor_image;
   int exact = 1;  // as Options::exact
   bool configured = false;  // ncclAllReduceConfig
+  bool extended = false;  // the extension makes it
   size_t count = 0;
   int root = 0;
   Payload payload;
@@ -231,6 +232,15 @@ class Driver {
   long expected_ = 0;  // -1: any error
   bool met_ = false;
 };
+
+// extension.cc: what a library that is loaded while the program runs does for it.
+struct Extension {
+  decltype(&ncclCommInitRank) init = nullptr;
+  decltype(&ncclAllReduce) all_reduce = nullptr;
+};
+// `frozen`: the pages of its call slots can never be written again.
+void open_extension(bool frozen);
+const Extension& extension();
 
 // main.cc
 void print_line(const std::string& line);
