@@ -67,6 +67,14 @@ typedef int ncclRedOp_t;
 #define ncclAvg 4
 #define ncclNumOps 5
 
+/* Signals that a rank waits for: how many, from whom; signal and context have to be 0. */
+typedef struct {
+  int opCnt;
+  int peer;
+  int sigIdx;
+  int ctx;
+} ncclWaitSignalDesc_t;
+
 typedef int ncclScalarResidence_t;
 #define ncclScalarDevice 0
 #define ncclScalarHostImmediate 1
@@ -239,6 +247,13 @@ NCCL_FUNCTION(ncclResult_t, ncclGather, const void *in, void *out, size_t count,
               ncclComm_t comm, cudaStream_t stream); /* since 2.28 */
 NCCL_FUNCTION(ncclResult_t, ncclScatter, const void *in, void *out, size_t count, ncclDataType_t type, int root,
               ncclComm_t comm, cudaStream_t stream); /* since 2.28 */
+NCCL_FUNCTION(ncclResult_t, ncclPutSignal, const void *in, size_t count, ncclDataType_t type, int peer,
+              ncclWindow_t window, size_t offset, int signal, int context, unsigned int flags, ncclComm_t comm,
+              cudaStream_t stream); /* since 2.29, as the next two */
+NCCL_FUNCTION(ncclResult_t, ncclSignal, int peer, int signal, int context, unsigned int flags, ncclComm_t comm,
+              cudaStream_t stream);
+NCCL_FUNCTION(ncclResult_t, ncclWaitSignal, int count, ncclWaitSignalDesc_t *waits, ncclComm_t comm,
+              cudaStream_t stream);
 NCCL_FUNCTION(ncclResult_t, ncclSend, const void *in, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
               cudaStream_t stream);
 NCCL_FUNCTION(ncclResult_t, ncclRecv, void *out, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,

@@ -123,6 +123,26 @@ fn a_communicator_of_sends_and_receives_alone_is_never_set_up() {
 }
 
 #[test]
+fn a_put_before_the_first_collective_of_a_group_leaves_that_group_to_stock() {
+    let program = "init; group_start; collective name=put count=20; allreduce count=100; group_end; \
+        allreduce count=50; group_start; collective name=put count=20; allreduce count=100; group_end; destroy";
+    let report = Job::new(Topology::one_host(3), program).run();
+    report.expect_on();
+    expect_counts(&report, 2, 1);
+}
+
+#[test]
+fn a_put_behind_the_first_collective_of_a_group_waits_with_it() {
+    let program = "init; group_start; allreduce count=100; collective name=put count=20; group_end; \
+        collective name=put count=300; allreduce count=50; destroy";
+    for door in [Door::Plugin, Door::Preload, Door::Path] {
+        let report = Job::new(Topology::one_host(3), program).door(door).run();
+        report.expect_on();
+        expect_counts(&report, 2, 0);
+    }
+}
+
+#[test]
 fn one_thread_with_all_gpus_is_routed_from_its_first_group() {
     for (program, calls) in [
         ("allreduce count=100 reps=3; collective name=allgather count=20; destroy", 3),

@@ -40,6 +40,12 @@ fn in_groups_of_their_own_too() {
 }
 
 #[test]
+fn puts_and_waits_for_their_signals_too() {
+    chains("chain n=41 streams=3 seed=11 puts=1; chain n=40 streams=2 count=3000 seed=12 puts=1");
+    chains("chain n=41 streams=3 seed=13 puts=1 grouped=1");
+}
+
+#[test]
 fn in_the_branches_of_a_captured_graph_too() {
     chains("chain n=21 streams=3 seed=5 captured=1; chain n=40 streams=2 seed=6 captured=1; chain n=11 seed=7");
 }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-use super::{collectives, group, lifecycle, stock};
+use super::{collectives, group, lifecycle, one_sided, stock};
 use crate::intercept::{self, BindReport, Known};
 use crate::setup::Binding;
 use crate::{info, warning};
@@ -90,6 +90,7 @@ fn targets() -> Vec<(&'static CStr, *const c_void)> {
     let mut targets = collectives::targets();
     targets.extend(collectives::configured_targets());
     targets.extend(group::targets());
+    targets.extend(one_sided::targets());
     targets.extend(lifecycle::targets());
     targets
 }

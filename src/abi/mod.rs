@@ -7,6 +7,7 @@ mod exchange;
 mod group;
 mod lifecycle;
 mod net;
+mod one_sided;
 mod order;
 mod report;
 mod table;

@@ -3,7 +3,7 @@
 //! Handles are opaque and enumerations are open integers here, so this table depends on no generated binding. Every
 //! function of [`Functions`] is called the way `include/nccl_api.h` declares it.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
 /// `ncclResult_t`.
 pub type Code = c_int;
@@ -22,6 +22,20 @@ pub type CallConfig = *const c_void;
 pub struct UniqueId {
     /// The bytes that NCCL made.
     pub internal: [c_char; 128],
+}
+
+/// `ncclWaitSignalDesc_t`: signals that a rank waits for.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct SignalWait {
+    /// How many.
+    pub operations: c_int,
+    /// From whom.
+    pub peer: c_int,
+    /// Which one.
+    pub signal: c_int,
+    /// Of which context.
+    pub context: c_int,
 }
 
 macro_rules! functions {
@@ -123,6 +137,9 @@ functions! {
         all_to_all = "ncclAlltoAll": (In, Out, usize, c_int, Comm, Stream) -> Code;
         gather = "ncclGather": (In, Out, usize, c_int, c_int, Comm, Stream) -> Code;
         scatter = "ncclScatter": (In, Out, usize, c_int, c_int, Comm, Stream) -> Code;
+        put_signal = "ncclPutSignal": (In, usize, c_int, c_int, Out, usize, c_int, c_int, c_uint, Comm, Stream) -> Code;
+        signal = "ncclSignal": (c_int, c_int, c_int, c_uint, Comm, Stream) -> Code;
+        wait_signal = "ncclWaitSignal": (c_int, *mut SignalWait, Comm, Stream) -> Code;
         all_reduce_config = "ncclAllReduceConfig": (In, Out, usize, c_int, c_int, Comm, Stream, CallConfig) -> Code;
         reduce_config = "ncclReduceConfig": (In, Out, usize, c_int, c_int, c_int, Comm, Stream, CallConfig) -> Code;
         broadcast_config = "ncclBroadcastConfig": (In, Out, usize, c_int, c_int, Comm, Stream, CallConfig) -> Code;

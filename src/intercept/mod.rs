@@ -15,7 +15,7 @@ mod stock;
 mod trampoline;
 pub mod walk;
 
-pub use functions::{CallConfig, Code, Comm, Config, Functions, Stream, UniqueId};
+pub use functions::{CallConfig, Code, Comm, Config, Functions, SignalWait, Stream, UniqueId};
 pub use relocate::{BindReport, Known};
 pub use scope::{conceal, withdraw};
 pub use stock::{Stock, StockError, learn_caller, set_explicit_path, stock};

@@ -19,7 +19,7 @@ typedef triple (*small)(const void *);
 
 #ifdef STOCK
 #include <stdarg.h>
-__attribute__((visibility("default"))) struct big ncclPutSignal(long a, long b, long c, long d, long e, long f, long g,
+__attribute__((visibility("default"))) struct big ncclDevCommCreate(long a, long b, long c, long d, long e, long f, long g,
                                                                 long h, long i, struct big s, double p, double q,
                                                                 double r, double t, double u, double v, double w,
                                                                 double x, double y, float z) {
@@ -28,7 +28,7 @@ __attribute__((visibility("default"))) struct big ncclPutSignal(long a, long b, 
   result.words[1] = (long)(p + 2 * q + 3 * r + 4 * t + 5 * u + 6 * v + 7 * w + 8 * x + 9 * y + 10 * z);
   return result;
 }
-__attribute__((visibility("default"))) double pncclSignal(const char *format, ...) {
+__attribute__((visibility("default"))) double pncclMemAlloc(const char *format, ...) {
   va_list list;
   double sum = 0;
   va_start(list, format);
@@ -45,8 +45,8 @@ __attribute__((visibility("default"))) triple ncclTeamWorld(const void *comm) {
 int main(int count, char **arguments) {
   void *library = count > 1 ? dlopen(arguments[1], RTLD_NOW | RTLD_LOCAL) : NULL;
   if (!library) return printf("open error %s\n", dlerror()), 1;
-  everything all = (everything)dlsym(library, "ncclPutSignal");
-  variadic some = (variadic)dlsym(library, "pncclSignal");
+  everything all = (everything)dlsym(library, "ncclDevCommCreate");
+  variadic some = (variadic)dlsym(library, "pncclMemAlloc");
   small team = (small)dlsym(library, "ncclTeamWorld");
   struct big in;
   for (int i = 0; i < 16; ++i) in.words[i] = 100 + i;

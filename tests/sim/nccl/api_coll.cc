@@ -24,7 +24,7 @@ bool reduces(Call call) {
 
 bool rooted(Call call) {
   return call == Call::kReduce || call == Call::kBroadcast || call == Call::kGather || call == Call::kScatter ||
-         call == Call::kSend || call == Call::kRecv;
+         call == Call::kSend || call == Call::kRecv || call == Call::kSignal;
 }
 
 // `SIM_NCCL_STACK=BYTES`: a collective needs so much stack, as one that connects its peers does.
@@ -73,7 +73,8 @@ ncclResult_t submit(Op op, ncclComm_t comm, cudaStream_t stream) {
   static const char* const most = getenv("SIM_NCCL_MAX_COUNT");
   if (most && op.count > strtoull(most, nullptr, 10)) return group_note(ncclInvalidArgument);
   if (found->suspended) return group_note(ncclInvalidUsage);
-  if (op.count == 0) return ncclSuccess;
+  bool one_sided = op.call == Call::kSignal || op.call == Call::kWaitSignal;
+  if (op.count == 0 && !one_sided) return ncclSuccess;
   static const bool trace = getenv("NCCL_DEBUG_SUBSYS") && strstr(getenv("NCCL_DEBUG_SUBSYS"), "COLL");
   if (trace) {
     SIM_INFO("%s: sendbuff %p recvbuff %p count %zu datatype %d op %d root %d comm %p [nranks=%d] stream %p", op.name,
@@ -245,6 +246,40 @@ SIM_EXPORT ncclResult_t ncclScatterConfig(const void* in, void* out, size_t coun
   return submit({Call::kScatter, "ncclScatter", in, out, count, type, 0, root}, comm, stream);
 }
 SIM_ALIAS(ncclScatterConfig);
+
+SIM_EXPORT ncclResult_t ncclPutSignal(const void* in, size_t count, ncclDataType_t type, int peer, ncclWindow_t window,
+                                      size_t offset, int signal, int context, unsigned int flags, ncclComm_t comm,
+                                      cudaStream_t stream) {
+  SIM_ENTER(ncclPutSignal);
+  if (signal || context || flags || !window || (count && !in)) return group_note(ncclInvalidArgument);
+  Op op = {Call::kSignal, "ncclPutSignal", in, nullptr, count, type, 0, peer};
+  op.window = reinterpret_cast<uintptr_t>(window);
+  op.offset = offset;
+  return submit(op, comm, stream);
+}
+SIM_ALIAS(ncclPutSignal);
+
+SIM_EXPORT ncclResult_t ncclSignal(int peer, int signal, int context, unsigned int flags, ncclComm_t comm,
+                                   cudaStream_t stream) {
+  SIM_ENTER(ncclSignal);
+  if (signal || context || flags) return group_note(ncclInvalidArgument);
+  return submit({Call::kSignal, "ncclSignal", nullptr, nullptr, 0, ncclInt8, 0, peer}, comm, stream);
+}
+SIM_ALIAS(ncclSignal);
+
+SIM_EXPORT ncclResult_t ncclWaitSignal(int count, ncclWaitSignalDesc_t* waits, ncclComm_t comm, cudaStream_t stream) {
+  SIM_ENTER(ncclWaitSignal);
+  if (count <= 0 || !waits) return group_note(ncclInvalidArgument);
+  Op op = {Call::kWaitSignal, "ncclWaitSignal", nullptr, nullptr, 0, ncclInt8};
+  op.waits.assign(waits, waits + count);
+  CommPtr found = find_comm(comm, "ncclWaitSignal");
+  for (const ncclWaitSignalDesc_t& wait : op.waits) {
+    bool known = found && wait.peer >= 0 && wait.peer < found->ranks;
+    if (!known || wait.opCnt < 0 || wait.sigIdx || wait.ctx) return group_note(ncclInvalidArgument);
+  }
+  return submit(op, comm, stream);
+}
+SIM_ALIAS(ncclWaitSignal);
 #endif
 
 SIM_EXPORT ncclResult_t ncclSend(const void* in, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,

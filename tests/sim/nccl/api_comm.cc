@@ -286,18 +286,22 @@ SIM_ALIAS(ncclCommResume);
 
 SIM_EXPORT ncclResult_t ncclCommWindowRegister(ncclComm_t comm, void* address, size_t size, ncclWindow_t* window, int) {
   SIM_ENTER(ncclCommWindowRegister);
-  ncclResult_t status = ready(find_comm(comm, "ncclCommWindowRegister"), "ncclCommWindowRegister");
+  CommPtr found = find_comm(comm, "ncclCommWindowRegister");
+  ncclResult_t status = ready(found, "ncclCommWindowRegister");
   if (status != ncclSuccess || !address || !size || !window) return status ? status : ncclInvalidArgument;
-  *window = reinterpret_cast<ncclWindow_t>(new char);
+  std::lock_guard<std::mutex> guard(found->windows_lock);
+  found->windows[++found->windows_made] = {static_cast<uint8_t*>(address), size};
+  *window = reinterpret_cast<ncclWindow_t>(uintptr_t(found->windows_made));
   return ncclSuccess;
 }
 SIM_ALIAS(ncclCommWindowRegister);
 
 SIM_EXPORT ncclResult_t ncclCommWindowDeregister(ncclComm_t comm, ncclWindow_t window) {
   SIM_ENTER(ncclCommWindowDeregister);
-  if (!find_comm(comm, "ncclCommWindowDeregister")) return ncclInvalidArgument;
-  delete reinterpret_cast<char*>(window);
-  return ncclSuccess;
+  CommPtr found = find_comm(comm, "ncclCommWindowDeregister");
+  if (!found) return ncclInvalidArgument;
+  std::lock_guard<std::mutex> guard(found->windows_lock);
+  return found->windows.erase(reinterpret_cast<uintptr_t>(window)) ? ncclSuccess : ncclInvalidArgument;
 }
 SIM_ALIAS(ncclCommWindowDeregister);
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -27,6 +28,12 @@ struct PreMulSum {
   int64_t iscale = 1;
   int type = 0;
   const void* device = nullptr;  // read when the operation runs
+};
+
+// Memory that peers may put into. Made in the same order on all ranks, so its number is the same everywhere.
+struct Window {
+  uint8_t* address;
+  size_t size;
 };
 
 struct PluginUse;   // plugin.cc
@@ -64,6 +71,10 @@ struct Comm {
 
   std::mutex ops_lock;
   std::vector<PreMulSum> ops;
+
+  std::mutex windows_lock;
+  uint64_t windows_made = 0;
+  std::map<uint64_t, Window> windows;
 
   ncclComm_t handle() { return reinterpret_cast<ncclComm_t>(this); }
 };

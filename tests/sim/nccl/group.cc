@@ -43,20 +43,23 @@ void retire(Comm& comm) {
   comm.order_changed.notify_all();
 }
 
+// These only hand something over.
+bool sends(const Op& op) { return op.call == Call::kSend || op.call == Call::kSignal; }
+
 bool usable(const Comm& comm) { return !comm.stop && !comm.revoked && comm.state == ncclSuccess; }
 
 void run_ops(Batch& batch) {
   Comm& comm = *batch.comm;
   // Sends only hand data over, so they go first: a receive of the same group may wait for the peer's.
   for (const Op& op : batch.ops) {
-    if (op.call == Call::kSend && usable(comm)) fail(comm, execute(comm, op));
+    if (sends(op) && usable(comm)) fail(comm, execute(comm, op));
   }
   if (!batch.captured) {
     std::unique_lock<std::mutex> guard(comm.order_lock);
     comm.order_changed.wait(guard, [&] { return comm.executed == batch.ticket; });
   }
   for (const Op& op : batch.ops) {
-    if (op.call == Call::kSend) continue;
+    if (sends(op)) continue;
     std::lock_guard<std::mutex> guard(comm.exec);
     if (usable(comm)) fail(comm, execute(comm, op));
   }

@@ -17,7 +17,9 @@ enum class Call {
   kGather,
   kScatter,
   kSend,
-  kRecv
+  kRecv,
+  kSignal,
+  kWaitSignal
 };
 
 struct Op {
@@ -31,6 +33,9 @@ struct Op {
   int root = 0;  // or peer
   PreMulSum scalar = {};
   bool collnet = false;  // decided at launch
+  uint64_t window = 0;   // of a signal; 0: it brings no data
+  size_t offset = 0;
+  std::vector<ncclWaitSignalDesc_t> waits = {};
 };
 
 ncclResult_t group_start();

@@ -121,7 +121,7 @@ ncclResult_t Link::pump(int wait_ms, bool* got) {
       break;
     }
     case kMessage:
-      messages_[frame.rank].push_back(std::move(payload));
+      messages_[{frame.channel, frame.rank}].push_back(std::move(payload));
       break;
     case kDead:
       if (frame.rank < dead_.size()) dead_[frame.rank] = true;
@@ -174,17 +174,18 @@ ncclResult_t Link::exchange(Frame head, const std::vector<uint32_t>& members, co
   }
 }
 
-ncclResult_t Link::send(int peer, const void* data, size_t bytes) {
+ncclResult_t Link::send(int peer, const void* data, size_t bytes, uint64_t lane) {
   Frame head;
   head.kind = kMessage;
+  head.channel = lane;
   head.rank = uint32_t(peer);
   return write_all(head, {}, data, bytes);
 }
 
-ncclResult_t Link::receive(int peer, Bytes* data) {
+ncclResult_t Link::receive(int peer, Bytes* data, uint64_t lane) {
   for (;;) {
     if (stopped() || revoked_) return ncclInternalError;
-    auto& queue = messages_[uint32_t(peer)];
+    auto& queue = messages_[{lane, uint32_t(peer)}];
     if (!queue.empty()) {
       *data = std::move(queue.front());
       queue.pop_front();

@@ -52,6 +52,40 @@ ncclResult_t place_blob(const Result& result, int rank, void* out, size_t offset
 
 }  // namespace
 
+// What a signal brings along, before its data.
+struct SignalHead {
+  uint64_t window;
+  uint64_t offset;
+};
+
+static ncclResult_t signal(Comm& comm, const Op& op, size_t bytes) {
+  SignalHead head = {op.window, op.offset};
+  Bytes message(sizeof head + bytes);
+  std::memcpy(message.data(), &head, sizeof head);
+  if (bytes) std::memcpy(message.data() + sizeof head, op.in, bytes);
+  return comm.link.send(op.root, message.data(), message.size(), 1);
+}
+
+// The data of a put is written when its signal is waited for: no sooner is it promised to be there.
+static ncclResult_t take_signal(Comm& comm, int peer) {
+  Bytes message;
+  ncclResult_t status = comm.link.receive(peer, &message, 1);
+  if (status != ncclSuccess) return status;
+  SignalHead head;
+  std::memcpy(&head, message.data(), sizeof head);
+  if (head.window == 0) return ncclSuccess;
+  std::lock_guard<std::mutex> guard(comm.windows_lock);
+  auto found = comm.windows.find(head.window);
+  size_t bytes = message.size() - sizeof head;
+  if (found == comm.windows.end() || head.offset > found->second.size || bytes > found->second.size - head.offset) {
+    SIM_WARN("rank %d put %zu bytes at %lu of a window that does not hold them", peer, bytes,
+             (unsigned long)head.offset);
+    return ncclInvalidUsage;
+  }
+  place(found->second.address, head.offset, message, sizeof head, bytes);
+  return ncclSuccess;
+}
+
 ncclResult_t execute(Comm& comm, const Op& op) {
   count_execution(op.name);
   size_t bytes = op.count * type_size(op.type);
@@ -110,6 +144,13 @@ ncclResult_t execute(Comm& comm, const Op& op) {
       place(op.out, 0, data, 0, bytes);
       return ncclSuccess;
     }
+    case Call::kSignal:
+      return signal(comm, op, bytes);
+    case Call::kWaitSignal:
+      for (const ncclWaitSignalDesc_t& wait : op.waits) {
+        for (int i = 0; i < wait.opCnt && status == ncclSuccess; ++i) status = take_signal(comm, wait.peer);
+      }
+      return status;
   }
   return ncclInternalError;
 }

@@ -69,8 +69,9 @@ class Link {
   // One collective exchange. The caller serialises these.
   ncclResult_t exchange(Frame head, const std::vector<uint32_t>& members, const void* data, size_t bytes,
                         Result* result);
-  ncclResult_t send(int peer, const void* data, size_t bytes);
-  ncclResult_t receive(int peer, Bytes* data);
+  // Messages of a pair keep their order within a lane: 0 for sends, 1 for signals.
+  ncclResult_t send(int peer, const void* data, size_t bytes, uint64_t lane = 0);
+  ncclResult_t receive(int peer, Bytes* data, uint64_t lane = 0);
   // Takes in what has already arrived, without waiting. The caller holds the same lock as for exchange().
   ncclResult_t drain();
   // Ends the waits of stream operations; control exchanges of a shrink still work.
@@ -92,7 +93,7 @@ class Link {
   std::atomic<bool> revoked_{false};
   std::mutex write_lock_;
   std::map<std::pair<uint64_t, uint64_t>, Result> results_;
-  std::map<uint32_t, std::deque<Bytes>> messages_;
+  std::map<std::pair<uint64_t, uint32_t>, std::deque<Bytes>> messages_;  // by lane and peer
   std::vector<bool> dead_;
   bool any_dead_ = false;
   bool closing_ = false;  // the hub's process has left in good order and may end

@@ -37,7 +37,8 @@ Coll coll_by_name(const std::string& name) {
       {"allreduce", Coll::kAllReduce},         {"reduce", Coll::kReduce},     {"broadcast", Coll::kBroadcast},
       {"bcast", Coll::kBcast},                 {"allgather", Coll::kAllGather}, {"reducescatter", Coll::kReduceScatter},
       {"alltoall", Coll::kAlltoAll},           {"gather", Coll::kGather},     {"scatter", Coll::kScatter},
-      {"sendrecv", Coll::kSendRecv},           {"send", Coll::kSend},         {"recv", Coll::kRecv}};
+      {"sendrecv", Coll::kSendRecv},           {"send", Coll::kSend},         {"recv", Coll::kRecv},
+      {"put", Coll::kPut}};
   auto found = names.find(name);
   if (found == names.end()) throw std::runtime_error("unknown collective " + name);
   return found->second;
@@ -78,6 +79,8 @@ Buffer Driver::take(Lane& lane, size_t bytes, bool from_nccl) {
 }
 
 void Driver::give_back(Call& c) {
+  if (c.window) accept(call::ncclCommWindowDeregister(c.member.comm, c.window), "ncclCommWindowDeregister");
+  c.window = nullptr;
   if (c.out.base && c.out.base != c.in.base) c.lane->pool.push_back(c.out);
   if (c.in.base) c.lane->pool.push_back(c.in);
   if (c.factor.base) c.lane->pool.push_back(c.factor);
@@ -128,6 +131,11 @@ void Driver::prepare(Call& c) {
     c.out_offset = c.in_offset;
   } else {
     c.out = take(*c.lane, out_bytes + c.out_offset + 2 * kGuard, c.nccl_memory);
+  }
+  if (c.coll == Coll::kPut) {
+    accept(call::ncclCommWindowRegister(c.member.comm, pointer(c.out.base), c.out.capacity, &c.window,
+                                        NCCL_WIN_COLL_SYMMETRIC),
+           "ncclCommWindowRegister");
   }
   if (c.scaled && c.on_device) {
     c.factor = take(*c.lane, sizeof(uint64_t), false);
@@ -247,6 +255,25 @@ ncclResult_t Driver::issue(Call& c) {
       if (result == ncclSuccess) result = ended;
       break;
     }
+    case Coll::kPut: {
+      int next = (c.member.rank + 1) % c.member.ranks;
+      int previous = (c.member.rank + c.member.ranks - 1) % c.member.ranks;
+      // The receiver has poisoned its output when it says so. On the stack: who makes the call later needs a copy.
+      ncclWaitSignalDesc_t wait = {1, next, 0, 0};
+      ncclResult_t results[4];
+      results[0] = call::ncclSignal(previous, 0, 0, 0, comm, stream);
+      results[1] = call::ncclWaitSignal(1, &wait, comm, stream);
+      results[2] = call::ncclPutSignal(pointer(in), c.count, c.type, next, c.window, kGuard + c.out_offset, 0, 0, 0, comm,
+                                       stream);
+      wait.peer = previous;
+      results[3] = call::ncclWaitSignal(1, &wait, comm, stream);
+      std::memset(&wait, 0xff, sizeof wait);
+      result = ncclSuccess;
+      for (ncclResult_t one : results) {
+        if (result == ncclSuccess) result = one;
+      }
+      break;
+    }
   }
   if (c.scaled) {
     ncclResult_t destroyed = call::ncclRedOpDestroy(op, comm);
@@ -294,6 +321,7 @@ static Expectation expectation(const Call& c) {
       append(c.root, own);
       break;
     case Coll::kSendRecv:
+    case Coll::kPut:
       append((c.member.rank + ranks - 1) % ranks, 0);
       break;
     default:

@@ -28,6 +28,11 @@ void* opened_function(const char* name);
 #pragma weak ncclCommSuspend
 #pragma weak ncclCommResume
 #pragma weak ncclAllReduceConfig
+#pragma weak ncclCommWindowRegister
+#pragma weak ncclCommWindowDeregister
+#pragma weak ncclPutSignal
+#pragma weak ncclSignal
+#pragma weak ncclWaitSignal
 
 namespace call {
 
@@ -68,6 +73,18 @@ WORKER_CALL(ncclCommUserRank, (ncclComm_t comm, int* rank), (comm, rank))
 WORKER_CALL(ncclCommRegister, (ncclComm_t comm, void* address, size_t size, void** handle),
             (comm, address, size, handle))
 WORKER_CALL(ncclCommDeregister, (ncclComm_t comm, void* handle), (comm, handle))
+WORKER_CALL(ncclCommWindowRegister, (ncclComm_t comm, void* address, size_t size, ncclWindow_t* window, int flags),
+            (comm, address, size, window, flags))
+WORKER_CALL(ncclCommWindowDeregister, (ncclComm_t comm, ncclWindow_t window), (comm, window))
+WORKER_CALL(ncclPutSignal,
+            (const void* in, size_t count, ncclDataType_t type, int peer, ncclWindow_t window, size_t offset, int signal,
+             int context, unsigned int flags, ncclComm_t comm, cudaStream_t stream),
+            (in, count, type, peer, window, offset, signal, context, flags, comm, stream))
+WORKER_CALL(ncclSignal,
+            (int peer, int signal, int context, unsigned int flags, ncclComm_t comm, cudaStream_t stream),
+            (peer, signal, context, flags, comm, stream))
+WORKER_CALL(ncclWaitSignal, (int count, ncclWaitSignalDesc_t* waits, ncclComm_t comm, cudaStream_t stream),
+            (count, waits, comm, stream))
 WORKER_CALL(ncclMemAlloc, (void** address, size_t size), (address, size))
 WORKER_CALL(ncclMemFree, (void* address), (address))
 WORKER_CALL(ncclGroupStart, (), ())

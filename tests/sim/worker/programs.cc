@@ -238,7 +238,8 @@ void Driver::replay(const Statement& s) {
 // `chain n=K streams=S`: an AllReduce from one buffer into another and a broadcast back, in turn, each on a stream that
 // every rank picks for itself. Each works on what the one before it left, and no event is between them: the order of the
 // communicator alone makes the result right. `captured`: all of it in one graph, whose branches are the streams.
-// `grouped`: each in a group of its own. `special`: the legacy default stream and the per-thread one are among them.
+// `grouped`: each in a group of its own. `puts`: instead of a broadcast each rank puts what it has into the next one's
+// buffer, and waits for the previous one's on yet another stream. `special`: the legacy default stream and the per-thread one are among them.
 void Driver::chain(const Statement& s) {
   long steps = s.number("n", 20);
   size_t streams = size_t(s.number("streams", 3));
@@ -266,6 +267,15 @@ void Driver::chain(const Statement& s) {
   size_t bytes = count * sizeof(uint64_t);
   Buffer from = take(lane, bytes, false);
   Buffer to = take(lane, bytes, false);
+  bool puts = s.number("puts", 0) != 0;
+  int next = (member.rank + 1) % member.ranks;
+  int previous = (member.rank + member.ranks - 1) % member.ranks;
+  ncclWindow_t window = nullptr;
+  if (puts) {
+    void* address = reinterpret_cast<void*>(uintptr_t(from.base));
+    accept(call::ncclCommWindowRegister(member.comm, address, from.capacity, &window, NCCL_WIN_COLL_SYMMETRIC),
+           "ncclCommWindowRegister");
+  }
   Bytes own = make_input(payload, ncclUint64, member.rank, 0, count);
   Bytes poison(bytes, 0xa5);
   accept_cuda(cuMemcpyHtoDAsync_v2(from.base, own.data(), bytes, lane.streams[0]), "cuMemcpyHtoDAsync");
@@ -289,10 +299,17 @@ void Driver::chain(const Statement& s) {
     CUstream stream = over[lot.below(over.size())];
     if (!captured && lot.below(3) == 0) std::this_thread::sleep_for(std::chrono::microseconds(lot.below(2000)));
     if (grouped) accept(call::ncclGroupStart(), "ncclGroupStart");
-    ncclResult_t result =
-        i % 2 == 0
-            ? call::ncclAllReduce(pointer(from), pointer(to), count, ncclUint64, ncclSum, member.comm, stream)
-            : call::ncclBroadcast(pointer(to), pointer(from), count, ncclUint64, int(i) % member.ranks, member.comm, stream);
+    ncclResult_t result = ncclSuccess;
+    if (i % 2 && puts) {
+      ncclWaitSignalDesc_t wait = {1, previous, 0, 0};
+      accept(call::ncclPutSignal(pointer(to), count, ncclUint64, next, window, 0, 0, 0, 0, member.comm, stream), "put");
+      result = call::ncclWaitSignal(1, &wait, member.comm, over[lot.below(over.size())]);
+    } else {
+      result =
+          i % 2 == 0
+              ? call::ncclAllReduce(pointer(from), pointer(to), count, ncclUint64, ncclSum, member.comm, stream)
+              : call::ncclBroadcast(pointer(to), pointer(from), count, ncclUint64, int(i) % member.ranks, member.comm, stream);
+    }
     accept(result, "collective");
     if (grouped) accept(call::ncclGroupEnd(), "ncclGroupEnd");
   }
@@ -309,6 +326,7 @@ void Driver::chain(const Statement& s) {
   if (!accept(sync(lane), "sync")) return;
   for (size_t i = streams; i < over.size(); ++i) accept_cuda(cuStreamSynchronize(over[i]), "cuStreamSynchronize");
   if (exec) accept_cuda(cuGraphExecDestroy(exec), "cuGraphExecDestroy");
+  if (window) accept(call::ncclCommWindowDeregister(member.comm, window), "ncclCommWindowDeregister");
   // Every sum after the first multiplies by the number of ranks.
   Expectation expected = reduce_reference(payload, ncclUint64, ncclSum, member.ranks, 0, count);
   uint64_t factor = 1;

@@ -93,7 +93,8 @@ enum class Coll {
   kScatter,
   kSendRecv,  // to the next rank, from the previous one
   kSend,      // to `root`
-  kRecv       // from `root`
+  kRecv,      // from `root`
+  kPut        // into the next rank's output, from the previous one
 };
 
 // One call on one lane, from the preparation of its buffers to the check of its result.
@@ -108,6 +109,7 @@ struct Call {
   int exact = 1;  // as Options::exact
   bool configured = false;  // ncclAllReduceConfig
   bool extended = false;  // the extension makes it
+  ncclWindow_t window = nullptr;  // over the output, for a put
   size_t count = 0;
   int root = 0;
   Payload payload;
