@@ -26,9 +26,13 @@ fn one_sided(stock: &'static Stock, comm: Comm, stream: Stream, call: impl FnOnc
 }
 
 /// The same with a function that the stock library may lack.
-fn optional<F>(name: &'static str, find: impl FnOnce(&Functions) -> Option<F>, then: impl FnOnce(F) -> Code) -> Code {
+fn optional<F>(
+    name: &'static str,
+    find: impl FnOnce(&Functions) -> Option<F>,
+    then: impl FnOnce(&'static Stock, F) -> Code,
+) -> Code {
     guard(|| match stock() {
-        Ok(stock) => find(&stock.nccl).map_or_else(|| absent(name), then),
+        Ok(stock) => find(&stock.nccl).map_or_else(|| absent(name), |function| then(stock, function)),
         Err(code) => code,
     })
 }
