@@ -30,6 +30,7 @@ fn decisions(criterion: &mut Criterion) {
         oneshot_bytes: 64 << 10,
         twoshot_bytes: 4 << 20,
         piece_bytes: 4 << 20,
+        scaled_bytes: 2 << 20,
         blocks: 32,
         small_blocks: 64,
     };

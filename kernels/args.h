@@ -46,7 +46,7 @@
 #define TWOSHOT_TYPE_I64 4
 #define TWOSHOT_TYPE_E5M2 11
 
-/* The only kernel parameter, passed by value. */
+/* The only parameter of every other kernel, passed by value. */
 typedef struct TwoshotArgs {
   uint64_t in;            /* device address, element aligned */
   uint64_t out;           /* device address, element aligned; may equal in */
@@ -63,6 +63,18 @@ typedef struct TwoshotArgs {
   uint16_t type;          /* TWOSHOT_TYPE_* or another ncclDataType_t */
   uint16_t trigger;       /* 1: the next launch of the stream may become resident now; it waits for this one's end */
 } TwoshotArgs;
+
+/* The parameter of the kernels of scale.cuh, passed by value. */
+typedef struct TwoshotScaleArgs {
+  uint64_t in;             /* device address, element aligned */
+  uint64_t out;            /* device address, element aligned; may equal in */
+  uint64_t count;          /* elements */
+  uint64_t head;           /* elements before both buffers are at a multiple of 16 bytes; count where they never are */
+  uint64_t factor;         /* the factor in the elements' type, in the low bytes; not read where an address is given */
+  uint64_t factor_address; /* device address of the factor, element aligned, or 0 */
+  uint32_t type;           /* TWOSHOT_TYPE_* or another ncclDataType_t */
+  uint32_t trigger;        /* not 0: the launch behind this one may become resident now */
+} TwoshotScaleArgs;
 
 /* At the start of the own window; nobody else touches it. */
 typedef struct TwoshotState {
@@ -104,6 +116,16 @@ TWOSHOT_ASSERT(offsetof(TwoshotArgs, ranks) == 76);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, op) == 80);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, type) == 84);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, trigger) == 86);
+
+TWOSHOT_ASSERT(sizeof(TwoshotScaleArgs) == 56);
+TWOSHOT_ASSERT(offsetof(TwoshotScaleArgs, in) == 0);
+TWOSHOT_ASSERT(offsetof(TwoshotScaleArgs, out) == 8);
+TWOSHOT_ASSERT(offsetof(TwoshotScaleArgs, count) == 16);
+TWOSHOT_ASSERT(offsetof(TwoshotScaleArgs, head) == 24);
+TWOSHOT_ASSERT(offsetof(TwoshotScaleArgs, factor) == 32);
+TWOSHOT_ASSERT(offsetof(TwoshotScaleArgs, factor_address) == 40);
+TWOSHOT_ASSERT(offsetof(TwoshotScaleArgs, type) == 48);
+TWOSHOT_ASSERT(offsetof(TwoshotScaleArgs, trigger) == 52);
 
 TWOSHOT_ASSERT(sizeof(TwoshotState) == 4 * TWOSHOT_MAX_BLOCKS + 8);
 TWOSHOT_ASSERT(sizeof(TwoshotState) <= TWOSHOT_HEADER_BYTES);

@@ -1,7 +1,9 @@
 // Every kernel that the library can launch, and nothing else: twoshot_{shape}_{type}_{ranks}_{uc|mc}.
 // ranks: 2, 4 and 8 are compiled for that number, n takes any. uc pushes to each peer, mc to the multicast window.
 // f32, f16 and bf16 only sum; all other types (of folds.cuh, several of NCCL's each) do what TwoshotArgs.op says.
+// twoshot_scale_{type} multiplies by a factor what one of those then sums.
 #include "oneshot.cuh"
+#include "scale.cuh"
 #include "twoshot.cuh"
 
 // X(shape, type, ranks' name, ranks or 0, door, multicast)
@@ -32,6 +34,9 @@
   TWOSHOT_FOLDS(X, oneshot) \
   TWOSHOT_FOLDS(X, twoshot)
 
+// X(type); i8, i32 and i64 stand for the unsigned types too, fp8 for e4m3 and e5m2.
+#define TWOSHOT_SCALES(X) X(f32) X(f16) X(bf16) X(i8) X(i32) X(i64) X(f64) X(fp8)
+
 // One block per multiprocessor is enough; not told so, ptxas would rather spill than exceed 64 registers.
 #define TWOSHOT_DEFINE(shape, type, name, ranks, door, multicast)                             \
   extern "C" __global__ void __launch_bounds__(TWOSHOT_MAX_THREADS, 1)                        \
@@ -40,3 +45,11 @@
   }
 
 TWOSHOT_KERNELS(TWOSHOT_DEFINE)
+
+#define TWOSHOT_DEFINE_SCALE(type)                                                                                \
+  extern "C" __global__ void __launch_bounds__(TWOSHOT_MAX_THREADS, 1)                                            \
+      twoshot_scale_##type(const __grid_constant__ TwoshotScaleArgs args) {                                       \
+    twoshot::Scale<twoshot::scale_##type>(args).run();                                                            \
+  }
+
+TWOSHOT_SCALES(TWOSHOT_DEFINE_SCALE)

@@ -211,6 +211,19 @@ TWOSHOT_DEVICE float mul_rn_f32(float a, float b) {
   return result;
 }
 
+// Both halves at once, each rounded once; a NaN becomes 0x7FFF.
+TWOSHOT_DEVICE uint32_t mul_rn_f16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+TWOSHOT_DEVICE uint32_t mul_rn_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
 TWOSHOT_DEVICE float div_rn_f32(float a, float b) {
   float result;
   asm("div.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));

@@ -10,7 +10,7 @@ import re
 import sys
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "src" / "intercept"
-LINE = re.compile(r"(?P<name>nccl\w+)\s+(?P<since>2\.\d+(\.\d+)?)\s+(?P<how>pass|hand\s+\S.*)")
+LINE = re.compile(r"(?P<name>nccl\w+)\s+(?P<since>2\.\d+(\.\d+)?)\s+(?P<how>pass|(hand|both)\s+\S.*)")
 
 HEAD = """\
 //! Jumps to the stock library, one for each public NCCL function that twoshot has no business with.
@@ -43,7 +43,8 @@ def generate():
     for name, how in functions((FOLDER / "functions.txt").read_text()):
         if how == "pass":
             names.append(name)
-        names.append("p" + name)
+        if not how.startswith("both"):
+            names.append("p" + name)
     names.sort()
     rows = "".join(f"    {index} {name};\n" for index, name in enumerate(names))
     return HEAD % len(names) + rows + "}\n"

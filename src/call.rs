@@ -61,10 +61,24 @@ impl ReduceOp {
     /// `ncclAvg`.
     pub const AVG: Self = Self(4);
 
-    /// Whether the kernels know it. Those made at run time are stock NCCL's.
+    /// Whether NCCL's caller made it at run time: a pre-multiplied sum.
+    pub fn made(self) -> bool {
+        self.0 > Self::AVG.0
+    }
+
+    /// Whether the kernels know it by its number.
     pub fn known(self) -> bool {
         (Self::SUM.0..=Self::AVG.0).contains(&self.0)
     }
+}
+
+/// What every element is multiplied by before the sum. It may differ between ranks.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Factor {
+    /// Its bits, in the elements' type.
+    Value(u64),
+    /// Its device address: it is read when the call runs.
+    Device(u64),
 }
 
 /// What a kernel is made for: one type's sum, or a class of types with every operation.
@@ -125,6 +139,11 @@ impl Class {
             Self::F64 => "f64",
             Self::Fp8 => "fp8",
         }
+    }
+
+    /// Whether a pre-multiplied sum may use it: a class that sums, and the only one of its types that does.
+    pub fn scales(self) -> bool {
+        !matches!(self, Self::F32Op | Self::F16Op | Self::Bf16Op)
     }
 
     /// Whether its kernels are also compiled for particular numbers of ranks.

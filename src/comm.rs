@@ -1,6 +1,7 @@
 //! The state of one communicator: new, declined, ready or lost; its launches; and the registry by `ncclComm_t`.
 #![forbid(unsafe_code)]
 
+mod operations;
 mod ready;
 mod sample;
 
@@ -22,6 +23,7 @@ use crate::setup::{Binding, Established, Request, establish};
 use crate::stats::Standing;
 use crate::table::Source;
 use crate::{info, tuning, warning};
+use operations::Operations;
 pub use ready::{Buffers, Ready, collect, only_aborted_are_left};
 use sample::Sampler;
 
@@ -74,6 +76,8 @@ pub struct Communicator {
     pub counters: Counters,
     /// What its set-up has let go.
     pub remains: Remains,
+    /// Operations that were made for it.
+    pub operations: Operations,
 }
 
 impl Communicator {
@@ -377,9 +381,9 @@ mod tests {
     #[test]
     fn what_was_asked_of_a_communicator_not_seen_yet_holds_at_its_first_call() {
         assert!(!find(16).hints().non_blocking);
-        expected(Hints { max_blocks: Some(8), non_blocking: false });
-        expected(Hints { max_blocks: None, non_blocking: true });
-        expected(Hints { max_blocks: Some(4), non_blocking: false });
+        expected(Hints { max_blocks: Some(8), ..Hints::default() });
+        expected(Hints { non_blocking: true, ..Hints::default() });
+        expected(Hints { max_blocks: Some(4), ..Hints::default() });
         let hints = find(32).hints();
         assert!(hints.non_blocking && hints.max_blocks == Some(4));
         assert!(!find(16).hints().non_blocking, "what is known stays");

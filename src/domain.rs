@@ -36,6 +36,8 @@ pub struct Domain {
     pub tuned: Tuned,
     /// The longest deadline that any rank gives a step: so long the others wait for it.
     pub deadline: Duration,
+    /// Every rank has seen all operations that were made for this communicator.
+    pub operations: bool,
 }
 
 /// The common verdict on tuning files.
@@ -151,6 +153,7 @@ pub fn merge(blobs: &[Blob]) -> Result<Domain, Declined> {
             .max()
             .unwrap_or_default()
             .min(LONGEST),
+        operations: facts.iter().all(|f| f.operations),
         facts,
     })
 }

@@ -3,8 +3,8 @@
 //! Nothing that may differ between ranks enters here: no address, no placement, no clock, no local memory.
 #![forbid(unsafe_code)]
 
-use crate::call::{Call, Class, DataType, ReduceOp};
-use crate::layout::{Algorithm, Layout, MAX_BLOCKS, MAX_THREADS};
+use crate::call::{Call, Class, DataType, Factor, ReduceOp};
+use crate::layout::{Algorithm, LINE, Layout, MAX_BLOCKS, MAX_THREADS};
 
 /// What the ranks of a ready communicator agreed on: the same value on every rank.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -21,6 +21,8 @@ pub struct Agreement {
     pub twoshot_bytes: u64,
     /// Largest part of it that one launch reduces.
     pub piece_bytes: u64,
+    /// Largest payload of a pre-multiplied sum, in bytes; 0 where they are stock NCCL's.
+    pub scaled_bytes: u64,
     /// Most blocks of a launch: the smallest budget of all ranks.
     pub blocks: u32,
     /// The same for payloads up to [`SMALL`].
@@ -85,6 +87,8 @@ pub struct Plan {
     pub threads: u32,
     /// Most elements of one launch: a larger call is several.
     pub piece: u64,
+    /// What the input is multiplied by first, in a launch of its own.
+    pub factor: Option<Factor>,
 }
 
 /// The verdict.
@@ -134,7 +138,47 @@ pub fn decide(call: &Call, agreed: &Agreement) -> Route {
     };
     let budget = if bytes <= SMALL { agreed.small_blocks } else { agreed.blocks };
     let (blocks, threads) = grid(shape.work, budget);
-    Route::Routed(Plan { algorithm, class, dtype: call.dtype, op: call.op, blocks, threads, piece })
+    Route::Routed(Plan { algorithm, class, dtype: call.dtype, op: call.op, blocks, threads, piece, factor: None })
+}
+
+/// Decides a pre-multiplied sum, whose `op` says nothing: it is the sum of the products, within limits of its own. The
+/// factor may differ between ranks and decides nothing.
+pub fn decide_scaled(call: &Call, factor: Factor, agreed: &Agreement) -> Route {
+    if agreed.scaled_bytes == 0 {
+        return Route::Stock(Reason::Operation);
+    }
+    match decide(&Call { op: ReduceOp::SUM, ..*call }, agreed) {
+        Route::Routed(plan)
+            if plan.class.packing().carried(call.bytes()).is_none_or(|bytes| bytes > agreed.scaled_bytes) =>
+        {
+            Route::Stock(Reason::Size)
+        }
+        Route::Routed(plan) => Route::Routed(Plan { factor: Some(factor), ..plan }),
+        stock => stock,
+    }
+}
+
+/// How the input of a pre-multiplied sum is passed over.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Pass {
+    /// Elements before both buffers are at a line's boundary, all of them where they never are.
+    pub head: u64,
+    /// Blocks of the launch.
+    pub blocks: u32,
+    /// Threads of a block.
+    pub threads: u32,
+}
+
+/// Lines that a thread of the pass takes at a time.
+const PASS_BATCH: u64 = 4;
+
+/// The pass over `count` elements of `size` bytes. A rank's own matter: it concerns nobody's lines.
+pub fn pass(input: u64, output: u64, count: u64, size: u64) -> Pass {
+    let alike = (input ^ output).is_multiple_of(LINE);
+    let head = if alike { ((input.wrapping_neg() % LINE) / size.max(1)).min(count) } else { count };
+    let work = if alike { (count.saturating_mul(size) / LINE).div_ceil(PASS_BATCH) } else { count };
+    let (blocks, threads) = grid(work.max(1), MAX_BLOCKS);
+    Pass { head, blocks, threads }
 }
 
 /// Blocks and threads for `work` lines under a budget: small work spreads over many multiprocessors in small
@@ -160,6 +204,7 @@ mod tests {
             oneshot_bytes: 64 << 10,
             twoshot_bytes: 4 << 20,
             piece_bytes: 4 << 20,
+            scaled_bytes: 2 << 20,
             blocks: 32,
             small_blocks: 64,
         }
@@ -268,6 +313,43 @@ mod tests {
         assert_eq!(pick((32 << 10) + 1), Ok(Algorithm::TwoShot));
         assert_eq!(pick(2 << 20), Ok(Algorithm::TwoShot));
         assert_eq!(pick((2 << 20) + 1), Err(Reason::Size));
+    }
+
+    #[test]
+    fn a_pre_multiplied_sum_is_the_sum_within_its_own_limit_whatever_its_factor() {
+        let factor = Factor::Value(0x4000);
+        let made = |count| Call { op: ReduceOp(77), ..sum(count) };
+        for count in [1, 32 << 10, (32 << 10) + 1, 1 << 20] {
+            let (Route::Routed(plain), Route::Routed(scaled)) =
+                (decide(&sum(count), &agreed()), decide_scaled(&made(count), factor, &agreed()))
+            else {
+                panic!("{count} went to stock")
+            };
+            assert_eq!(scaled, Plan { factor: Some(factor), ..plain });
+        }
+        assert_eq!(decide_scaled(&made((1 << 20) + 1), factor, &agreed()), Route::Stock(Reason::Size));
+        assert_eq!(decide_scaled(&made(0), factor, &agreed()), Route::Stock(Reason::Empty));
+        let unseen = Agreement { scaled_bytes: 0, ..agreed() };
+        assert_eq!(decide_scaled(&made(8), factor, &unseen), Route::Stock(Reason::Operation));
+        // Lines that carry half as much reach the limit with half the payload.
+        let bytes = |count| Call { dtype: DataType::I8, ..made(count) };
+        assert!(matches!(decide_scaled(&bytes(1 << 20), factor, &agreed()), Route::Routed(_)));
+        assert_eq!(decide_scaled(&bytes((1 << 20) + 1), factor, &agreed()), Route::Stock(Reason::Size));
+    }
+
+    proptest! {
+        #[test]
+        fn the_pass_before_a_sum_takes_lines_only_where_both_buffers_have_them(
+            (at, to) in (0u64..64, 0u64..64), count in 0u64..1 << 40, size in prop::sample::select(vec![1u64, 2, 4, 8]),
+        ) {
+            let (input, output) = (at * size, to * size);
+            let Pass { head, blocks, threads } = pass(input, output, count, size);
+            prop_assert!(head <= count && (1..=MAX_BLOCKS).contains(&blocks) && (1..=MAX_THREADS).contains(&threads));
+            if head < count {
+                prop_assert!((input + head * size).is_multiple_of(LINE) && (output + head * size).is_multiple_of(LINE));
+                prop_assert!(head * size < LINE);
+            }
+        }
     }
 
     #[test]

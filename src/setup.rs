@@ -86,6 +86,8 @@ pub struct Binding {
     pub digest: u64,
     /// A call could not be led here.
     pub incomplete: bool,
+    /// Objects have come whose calls do not lead here: operations may have been made unseen.
+    pub unseen: bool,
 }
 
 /// The common verdict.

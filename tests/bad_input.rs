@@ -45,6 +45,17 @@ fn handles_that_are_no_communicators_are_refused_and_none_is_remembered() {
 }
 
 #[test]
+fn operations_of_another_type_or_that_are_gone_get_stocks_answer_and_a_handle_that_comes_back_has_its_new_factor() {
+    let program = "init; operations; allreduce count=100; operations; operations; destroy; release";
+    let report = Job::new(Topology::one_host(2), program).run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for outcome in &report.outcomes {
+        // Of each one's calls the last.
+        assert_eq!(routed(outcome), 4, "{outcome}");
+    }
+}
+
+#[test]
 fn a_communicator_that_is_gone_is_refused() {
     let gone = "raw comm=gone expect=4; raw comm=gone name=allgather expect=4; group_start; raw comm=gone; \
         expect_error code=4; group_end";

@@ -252,7 +252,7 @@ fn calls_that_stock_nccl_makes_of_its_own_functions_never_come_back() {
     let (_, outcome) = script::one_process(2, "--gpus", program, &[("SIM_NCCL_REENTER", "1")]);
     outcome.expect_success();
     for door in [Door::Plugin, Door::Preload, Door::Path] {
-        let program = "random calls=12 seed=7 max=3000; allreduce count=9 op=premulsum; split color=0; \
+        let program = "random calls=12 seed=7 max=3000; allreduce count=9 op=premulsum maker=stock; split color=0; \
                        allreduce count=500; destroy; destroy";
         let report = Job::new(Topology::one_host(2), program).door(door).env("SIM_NCCL_REENTER", 1).run();
         expect_routed(&report, &format!("{door:?}"));

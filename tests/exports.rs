@@ -70,16 +70,16 @@ fn real_libraries() -> Vec<(String, BTreeSet<String>)> {
     releases
 }
 
-/// Names in functions.txt, with whether a jump defines them.
-fn functions() -> Vec<(String, bool)> {
+/// Names in functions.txt, and how each is defined.
+fn functions() -> Vec<(String, String)> {
     let text = include_str!("../src/intercept/functions.txt");
     text.lines()
         .filter(|line| !line.starts_with('#') && !line.is_empty())
         .map(|line| {
             let words: Vec<&str> = line.split_whitespace().collect();
-            assert!(words.len() == 3 || words.len() > 3 && words[2] == "hand", "{line}");
-            assert!(words[2] == "pass" || words[2] == "hand", "{line}");
-            (words[0].to_owned(), words[2] == "pass")
+            assert!(words.len() == 3 || words.len() > 3 && ["hand", "both"].contains(&words[2]), "{line}");
+            assert!(["pass", "hand", "both"].contains(&words[2]), "{line}");
+            (words[0].to_owned(), words[2].to_owned())
         })
         .collect()
 }
@@ -211,7 +211,7 @@ fn the_generated_jumps_are_those_of_the_list() {
         .collect();
     let listed: BTreeSet<String> = functions()
         .into_iter()
-        .flat_map(|(name, pass)| [Some(format!("p{name}")), pass.then_some(name)])
+        .flat_map(|(name, how)| [(how != "both").then(|| format!("p{name}")), (how == "pass").then_some(name)])
         .flatten()
         .collect();
     assert!(generated.iter().copied().eq(listed.iter().map(String::as_str)), "run scripts/gen_pass.py");

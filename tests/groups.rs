@@ -44,7 +44,7 @@ fn no_kernel_of_ours_starts_before_the_outermost_group_ends() {
 #[test]
 fn a_first_call_inside_a_group_sets_the_communicator_up_and_is_routed() {
     for door in [Door::Plugin, Door::Preload] {
-        let program = "group_start; allreduce count=100; allreduce count=7 op=premulsum; group_end; \
+        let program = "group_start; allreduce count=100; allreduce count=7 op=premulsum maker=stock; group_end; \
             allreduce count=100 reps=2; destroy";
         let report = Job::new(Topology::one_host(2), program).door(door).run();
         report.expect_on();

@@ -12,8 +12,9 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::time::Duration;
 
-use common::Job;
-use script::{field, one_process, stock_runs, summary};
+use common::{Door, Job};
+use script::{field, one_process, summary};
+use twoshot_sim::late_object;
 use world::{Algo, Limits, digests, expect_nothing_left, expect_wire, hosts};
 
 /// Every element type: the worker's name, bytes of an element, and bytes of lines that carry one byte.
@@ -227,22 +228,124 @@ fn every_pair_of_bytes_gives_the_reference_in_every_operation() {
     }
 }
 
-#[test]
-fn a_pre_multiplied_sum_is_stocks_with_its_factor_read_when_stock_reads_it() {
-    let mut program = "allreduce count=1; ".to_owned();
-    for (dtype, ..) in TYPES {
-        for scalar in ["host", "device"] {
-            for mode in MODES {
-                let calls = format!("counts=1,300,7 dtype={dtype} op=premulsum scalar={scalar} mixed seed=5");
-                mode.write(&mut program, &calls, "stock");
+/// The cells of pre-multiplied sums: type x where the factor is x placement x mode x count, each with a factor of its own
+/// on every rank and a handle of its own. In a replay a factor on the device is another one, one on the host is not.
+fn multiplied(limits: Limits, world: usize) -> (String, usize) {
+    let stride = if full() { 1 } else { 4 };
+    let (mut program, mut cells) = (String::new(), 0);
+    for (t, (dtype, size, carried)) in TYPES.into_iter().enumerate() {
+        for (s, scalar) in ["host", "device"].into_iter().enumerate() {
+            for (m, mode) in MODES.into_iter().enumerate() {
+                for (p, placement) in PLACEMENTS.into_iter().enumerate() {
+                    if !(t + s + m + p + world).is_multiple_of(stride) {
+                        continue;
+                    }
+                    let most = if carried == 2 { limits.most / 16 * 8 / size } else { limits.most / size };
+                    let counts = [1, 16 / size - 1, 16 / size, 64 / size + 1, most / 2 + 1, most];
+                    let first = lot([t, s, m, p, 7]) % counts.len();
+                    let taken: Vec<_> = (0..3).map(|i| counts[(first + i) % counts.len()].max(1).to_string()).collect();
+                    let what =
+                        format!("dtype={dtype} op=premulsum scalar={scalar} {placement} seed={t}{s}{m}{p} exact=2");
+                    mode.write(&mut program, &format!("counts={} {what}", taken.join(",")), "routed");
+                    cells += taken.len();
+                }
             }
-            // Beside a routed call on either side: their order must not change.
+            // Beyond the limit, and beside routed calls on either side, whose order must not change.
+            let beyond = limits.most / size + 1;
+            let _ = write!(program, "allreduce count={beyond} dtype={dtype} op=premulsum scalar={scalar} path=stock; ");
             let _ = write!(program, "allreduce count=50 dtype={dtype} path=routed; ");
         }
     }
     program.push_str("destroy");
-    let report = Job::new(hosts(&[3]), &program).run();
+    (program, cells)
+}
+
+#[test]
+fn a_pre_multiplied_sum_is_the_sum_of_the_products_as_nccl_rounds_them() {
+    for (world, (gpus, multicast)) in [(&[2][..], false), (&[3], true), (&[2, 2], false)].into_iter().enumerate() {
+        let limits = Limits::of(gpus.iter().map(|gpus| u64::from(*gpus)).sum());
+        let (program, cells) = multiplied(limits, world);
+        let script = Script::new(&format!("allreduce count=1; {program}"), 10 + world);
+        let job = Job::new(hosts(gpus), script.name()).env("TWOSHOT_MULTICAST", u8::from(multicast));
+        let report = Algo::Auto.on(job, limits).run();
+        report.expect_success();
+        digests(&report);
+        expect_nothing_left(&report);
+        assert_eq!(cells, 12 * 2 * 3 * 3 * if full() { 4 } else { 1 });
+    }
+}
+
+#[test]
+fn one_thread_with_all_gpus_gets_pre_multiplied_sums_right() {
+    let limits = Limits::of(2);
+    let (program, cells) = multiplied(limits, 3);
+    let script = Script::new(&format!("allreduce count=1; {program}"), 20);
+    let (oneshot, most) = (limits.oneshot.to_string(), limits.most.to_string());
+    let env = [("TWOSHOT_ONESHOT_MAX_BYTES", oneshot.as_str()), ("TWOSHOT_MAX_BYTES", most.as_str())];
+    let (_session, outcome) = one_process(2, "--gpus", script.name(), &env);
+    outcome.expect_success();
+    assert!(field(summary(&outcome), "calls") as usize >= cells, "{outcome}");
+}
+
+#[test]
+fn a_pre_multiplied_sum_of_many_launches_and_streams_keeps_its_order() {
+    let program = "allreduce count=1; allreduce count=40000 op=premulsum reps=3 mixed path=routed; \
+                   random calls=60 seed=3 max=60000 streams=3 dtypes=f32,bf16,i8 ops=sum,premulsum; \
+                   capture counts=30000,7,20000 op=premulsum scalar=device streams=2 path=routed; replay n=3; \
+                   drop_graphs; allreduce count=9; destroy";
+    let job = Job::new(hosts(&[3]), program).env("TWOSHOT_MAX_BYTES", "1M").env("TWOSHOT_MEMORY", "2M");
+    let report = job.run();
+    report.expect_success().expect_on();
+    digests(&report);
+    expect_nothing_left(&report);
+}
+
+#[test]
+fn every_fp8_value_times_every_factor_gives_the_reference() {
+    let mut program = "allreduce count=1; ".to_owned();
+    for dtype in ["e4m3", "e5m2"] {
+        let _ = write!(
+            program,
+            "allreduce dtype={dtype} op=premulsum pairs count=256 exact=2 factor=each reps=256 path=routed; "
+        );
+    }
+    program.push_str("destroy");
+    let report = Job::new(hosts(&[2]), &program).run();
+    report.expect_success();
+    digests(&report);
+}
+
+#[test]
+fn an_operation_is_seen_by_both_names_of_the_function_and_through_every_door() {
+    let program = "allreduce count=1; allreduce count=300 op=premulsum path=routed; \
+                   allreduce count=300 op=premulsum maker=second path=routed; \
+                   allreduce count=300 op=premulsum maker=second,name path=routed; destroy";
+    for door in [Door::Plugin, Door::Preload, Door::Path] {
+        let report = Job::new(hosts(&[2]), program).door(door).run();
+        report.expect_success().expect_on();
+        expect_nothing_left(&report);
+    }
+}
+
+/// A rank that has not seen an operation cannot route it, so no rank may: what a rank may have missed is said in the vote.
+#[test]
+fn where_a_rank_may_have_missed_operations_all_leave_them_to_stock_and_route_the_rest() {
+    let program = "init; allreduce count=300 op=premulsum maker=late,name path=stock; allreduce count=300 path=routed; \
+                   allreduce count=300 op=premulsum path=stock; \
+                   init; allreduce count=300 op=premulsum path=stock; allreduce count=9 path=routed; \
+                   destroy; use comm=0; destroy";
+    let job = Job::new(hosts(&[2]), program).env("SIM_LATE_OBJECT", late_object().display());
+    let report = job.run();
     report.expect_success().expect_on();
     expect_nothing_left(&report);
-    assert_eq!(stock_runs(&report.outcomes[0]), 12 * 2 * (3 + 3 + 2 * 3), "{}", report.outcomes[0]);
+}
+
+#[test]
+fn an_operation_made_behind_our_back_on_every_rank_is_stocks() {
+    let program = "allreduce count=1; allreduce count=300 op=premulsum maker=stock path=stock; \
+                   allreduce count=300 op=premulsum path=routed; destroy";
+    let job = Job::new(hosts(&[2]), program);
+    let report = job.run();
+    report.expect_success().expect_on();
+    expect_nothing_left(&report);
 }

@@ -52,7 +52,7 @@ fn in_the_branches_of_a_captured_graph_too() {
 
 #[test]
 fn a_program_on_one_stream_makes_no_event_for_its_stock_operations() {
-    let program = "init; allreduce count=10; allreduce count=10 op=premulsum reps=20; destroy; release";
+    let program = "init; allreduce count=10; allreduce count=10 op=premulsum maker=stock reps=20; destroy; release";
     let report = Job::new(Topology::one_host(2), program).run();
     report.expect_success().expect_on();
     for outcome in &report.outcomes {

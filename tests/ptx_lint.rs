@@ -17,7 +17,7 @@ use rules::{Finding, Rule, lint, lint_resources};
 
 const TARGETS: [&str; 2] = ["90", "100"];
 const ARCHITECTURES: [&str; 3] = ["90", "100", "103"];
-const KERNELS: usize = 80;
+const KERNELS: usize = 88;
 
 fn read(file: &str) -> String {
     let path = std::path::Path::new(env!("TWOSHOT_PTX_DIR")).join(file);
@@ -74,6 +74,7 @@ fn shipped_ptx_holds_every_kernel_once() {
             expected.extend(["uc", "mc"].map(|door| format!("twoshot_{shape}_{class}_n_{door}")));
         }
     }
+    expected.extend(["f32", "f16", "bf16", "i8", "i32", "i64", "f64", "fp8"].map(|t| format!("twoshot_scale_{t}")));
     expected.sort();
     assert_eq!(expected.len(), KERNELS);
     for target in TARGETS {
@@ -131,7 +132,9 @@ fn multicast_address_is_followed_through_arithmetic_and_selection() {
         ("st.relaxed.sys.global.u32 [%rd10], %r1;", Rule::Multicast),
         ("multimem.st.relaxed.sys.global.v4.f32 [%rd10], {%r1, %r2, %r3, %r4};", Rule::Multicast),
         ("{ st.relaxed.sys.global.u64 [%rd9], %rd8; }", Rule::Multicast),
-        ("add.s64 %rd11, %rd1, 8;", Rule::Followed),
+        ("add.s64 %rd11, %rd1, %rd7;", Rule::Followed),
+        ("add.s64 %rd11, %rd1, 8; add.s64 %rd11, %rd1, 16;", Rule::Followed),
+        ("add.s64 %rd11, %rd1, 8; ld.param.u64 %rd12, [%rd11+32]; st.global.b32 [%rd12], %r1;", Rule::Multicast),
         ("ld.param.u64 %rd11, [%rd4+8];", Rule::Followed),
         ("st.relaxed.sys.global.u32 [%rd12], %r1;", Rule::Accesses),
     ] {
@@ -172,6 +175,36 @@ fn an_operation_of_the_launch_in_a_kernel_that_only_sums_is_found() {
     plant(fp8, "max.f32", "max.ftz.f32", Rule::Arithmetic);
     plant(fp8, "div.rn.f32", "div.approx.f32", Rule::Arithmetic);
     plant(fp8, "cvt.rn.satfinite.e4m3x2.f32", "cvt.rn.satfinite.relu.e4m3x2.f32", Rule::Arithmetic);
+}
+
+#[test]
+fn a_factor_kernel_that_rounds_elsewhere_or_reads_more_than_its_own_is_found() {
+    for (kernel, product, wrong) in [
+        ("f32", "mul.rn.f32", "mul.rn.ftz.f32"),
+        ("f16", "mul.rn.f16x2", "fma.rn.f16x2"),
+        ("bf16", "mul.rn.bf16x2", "mul.rn.f16x2"),
+        ("f64", "mul.rn.f64", "mul.rz.f64"),
+        ("fp8", "cvt.rn.satfinite.e5m2x2.f32", "cvt.rn.e5m2x2.f32"),
+    ] {
+        plant(&format!("twoshot_scale_{kernel}"), product, wrong, Rule::Arithmetic);
+    }
+    let name = "twoshot_scale_f32";
+    plant(name, "ld.global.v4.b32", "ld.global.nc.v4.b32", Rule::Accesses);
+    plant(name, "st.global.v4.b32", "st.relaxed.sys.global.v4.b32", Rule::Accesses);
+    plant(name, "ld.global.v4.b32", "st.global.v4.b32", Rule::Accesses);
+    plant(name, "griddepcontrol.wait;", "", Rule::Boundary);
+    plant(name, "griddepcontrol.launch_dependents;", "", Rule::Boundary);
+    // The factor's address is no place to write to.
+    let clean = kernel(&shipped("90"), name);
+    let address = clean.lines().find(|line| line.contains("ld.param.") && line.contains("param_0+40]"));
+    let register = address.and_then(|line| line.split_whitespace().nth(1)).expect("the factor's address is loaded");
+    let body = "griddepcontrol.wait;";
+    let stored = clean.replacen(
+        body,
+        &format!("{body} griddepcontrol.launch_dependents; st.global.b32 [{}], %r1;", register.trim_end_matches(',')),
+        1,
+    );
+    assert!(lint(&stored).iter().any(|found| found.rule == Rule::Accesses), "{register}");
 }
 
 #[test]

@@ -152,7 +152,7 @@ fn a_communicator_that_is_on_says_so_once_with_its_sizes_and_memory() {
 #[test]
 fn the_counters_of_a_communicator_name_every_call_by_its_route() {
     let program = "allreduce count=100 reps=3; allreduce count=10000 reps=2; allreduce count=100000; \
-                   allreduce count=10 dtype=i32 op=premulsum; allreduce count=10 op=premulsum; destroy; release";
+                   allreduce count=10 dtype=i32 op=premulsum maker=stock; allreduce count=10 op=premulsum maker=stock; destroy; release";
     let job = Job::new(Topology::one_host(2), program).env("TWOSHOT_MAX_BLOCKS", 1);
     let report = job.env("TWOSHOT_MAX_BYTES", "64K").env("TWOSHOT_ONESHOT_MAX_BYTES", "16K").run();
     report.expect_success().expect_on();

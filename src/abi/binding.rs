@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-use super::{collectives, group, lifecycle, one_sided, stock};
+use super::{collectives, group, lifecycle, one_sided, operations, stock};
 use crate::intercept::{self, BindReport, Known};
 use crate::setup::Binding;
 use crate::{info, warning};
@@ -35,7 +35,11 @@ pub(super) fn again() -> Binding {
     // Not locked meanwhile: the dynamic linker is called, and a thread inside it may call us.
     let Some(known) = KNOWN.lock().clone() else { return Binding::default() };
     bind(Some(&known))
-        .map_or_else(Binding::default, |(report, _)| Binding { digest: report.digest, incomplete: report.failed > 0 })
+        .map_or_else(Binding::default, |(report, _)| Binding {
+            digest: report.digest,
+            incomplete: report.failed > 0,
+            unseen: !report.later.is_empty(),
+        })
 }
 
 fn bind(known: Option<&Known>) -> Option<(BindReport, Known)> {
@@ -92,5 +96,6 @@ fn targets() -> Vec<(&'static CStr, *const c_void)> {
     targets.extend(group::targets());
     targets.extend(one_sided::targets());
     targets.extend(lifecycle::targets());
+    targets.extend(operations::targets());
     targets
 }

@@ -13,7 +13,7 @@ use crate::comm::{self, Buffers, Communicator, Ready, State, lost};
 use crate::config::Config;
 use crate::driver::{RawStream, capturing, with_relaxed_capture};
 use crate::intercept::{CallConfig, Comm, Stock, Stream};
-use crate::route::{Plan, Reason, Route, decide};
+use crate::route::{Plan, Reason, Route, decide, decide_scaled};
 use crate::stats::{row_of, row_of_stock};
 use crate::warning;
 
@@ -183,7 +183,7 @@ pub(super) fn place(communicator: &Communicator, a: &Arguments) -> Placement {
                 // Stock NCCL answers for its own rules about arguments.
                 Reason::Empty
             } else {
-                match decide(&a.call(), ready.agreement()) {
+                match route(communicator, ready, &a.call()) {
                     Route::Stock(reason) => reason,
                     Route::Routed(plan) => return Placement::Routed(plan),
                 }
@@ -195,6 +195,13 @@ pub(super) fn place(communicator: &Communicator, a: &Arguments) -> Placement {
     };
     communicator.counters.stock(reason, a.call().bytes());
     Placement::Stock(reason)
+}
+
+/// Decides one call of a ready communicator. An operation that this rank has not seen made is stock NCCL's: the ranks
+/// have voted that there is none.
+fn route(communicator: &Communicator, ready: &Ready, call: &Call) -> Route {
+    let factor = if call.op.made() { communicator.operations.factor(call.op, call.dtype) } else { None };
+    factor.map_or_else(|| decide(call, ready.agreement()), |factor| decide_scaled(call, factor, ready.agreement()))
 }
 
 /// Launches one routed call. The communicator may have met a fault since the call was placed.

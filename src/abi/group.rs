@@ -16,6 +16,7 @@ use std::ffi::{CStr, c_int, c_void};
 use std::sync::Arc;
 
 use super::collectives::{Arguments, Placement, before_stock, behind_stock, fault_or_launch, in_order, place, set_up};
+use super::operations::destroy_now;
 use super::order::behind_earlier_stock_in_group;
 use super::{Code, absent, code, guard, inside, stock, thread, transparent};
 use crate::comm::{Communicator, State};
@@ -264,8 +265,7 @@ fn end(stock: &'static Stock) -> Code {
             }
         }
         for (op, comm) in with(Vec::new(), |group| std::mem::take(&mut group.operations)) {
-            // SAFETY: the caller's own arguments; it was told that they are fine.
-            unsafe { (stock.nccl.red_op_destroy)(op, comm) };
+            destroy_now(stock, op, comm);
         }
     }
     let mut group = with(Group::default(), std::mem::take);
@@ -367,8 +367,7 @@ pub unsafe extern "C" fn ncclGroupSimulateEnd(info: *mut c_void) -> Code {
             };
             close(stock, simulate, || {
                 for (op, comm) in with(Group::default(), std::mem::take).operations {
-                    // SAFETY: the caller's own arguments; it was told that they are fine.
-                    unsafe { (stock.nccl.red_op_destroy)(op, comm) };
+                    destroy_now(stock, op, comm);
                 }
                 None
             })
@@ -377,25 +376,17 @@ pub unsafe extern "C" fn ncclGroupSimulateEnd(info: *mut c_void) -> Code {
     })
 }
 
-/// # Safety
-/// As for this function in NCCL, which has forgotten an operation's calls by then; held calls still need it.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn ncclRedOpDestroy(op: c_int, comm: Comm) -> Code {
-    guard(|| match stock() {
-        Ok(stock) => {
-            let later = open()
-                && with(false, |group| {
-                    let used = group.held.iter().any(|held| held.comm == comm);
-                    if used {
-                        group.operations.push((op, comm));
-                    }
-                    used
-                });
-            // SAFETY: the caller's own arguments.
-            if later { code::SUCCESS } else { unsafe { (stock.nccl.red_op_destroy)(op, comm) } }
-        }
-        Err(code) => code,
-    })
+/// Whether an operation has to outlive the end of this thread's group: stock NCCL has forgotten it by then, held calls
+/// still need it.
+pub(super) fn destroys_later(op: c_int, comm: Comm) -> bool {
+    open()
+        && with(false, |group| {
+            let used = group.held.iter().any(|held| held.comm == comm);
+            if used {
+                group.operations.push((op, comm));
+            }
+            used
+        })
 }
 
 macro_rules! point_to_point {
@@ -446,7 +437,6 @@ pub(super) fn targets() -> Vec<(&'static CStr, *const c_void)> {
         (c"ncclGroupStart", ncclGroupStart as *const c_void),
         (c"ncclGroupEnd", ncclGroupEnd as *const c_void),
         (c"ncclGroupSimulateEnd", ncclGroupSimulateEnd as *const c_void),
-        (c"ncclRedOpDestroy", ncclRedOpDestroy as *const c_void),
         (c"ncclSend", ncclSend as *const c_void),
         (c"ncclRecv", ncclRecv as *const c_void),
     ]

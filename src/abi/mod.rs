@@ -8,6 +8,7 @@ mod group;
 mod lifecycle;
 mod net;
 mod one_sided;
+mod operations;
 mod order;
 mod report;
 mod table;

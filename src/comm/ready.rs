@@ -11,12 +11,12 @@ use parking_lot::Mutex;
 use crate::budget::{Memory, blocks};
 use crate::config::Config;
 use crate::driver::{
-    Args, Capture, Context, ControlPage, Event, Fault, Kernels, Launch, RawStream, Remains, bury, capture_of,
+    Args, Capture, Context, ControlPage, Event, Fault, Kernels, Launch, Multiply, RawStream, Remains, bury, capture_of,
     dependent_launch, nvtx, order_behind, reap, retain_for_graph, stream_number, with_relaxed_capture,
 };
 use crate::error::Result;
 use crate::layout::{Algorithm, HEADER, SPARE};
-use crate::route::{Agreement, Plan, grid};
+use crate::route::{Agreement, Plan, grid, pass};
 use crate::setup::Established;
 use crate::table::World;
 use crate::warning;
@@ -236,7 +236,8 @@ impl Ready {
         let _range = nvtx::range(range_name(plan.algorithm));
         let _entered = self.context.enter()?;
         let communicators = ready_on(&self.context).load(Ordering::Relaxed);
-        let plan = shared(plan, blocks(self.capacity, communicators));
+        let share = blocks(self.capacity, communicators);
+        let plan = shared(plan, share);
         let within = self.programmatic && communicators <= 1;
         let (first, others, behind) = (self.programmatic, self.programmatic, within && self.open);
         let mut overlap = Overlap { first, others, within, behind };
@@ -244,7 +245,7 @@ impl Ready {
         let Some(capture) = capture_of(&self.context, stream) else {
             let lane = Lane::of(&self.context, stream);
             self.behind_last(&mut order, lane)?;
-            self.queue(plan, overlap, buffers)?;
+            self.queue(plan, share, overlap, buffers)?;
             order.eager = Some(lane);
             self.unmarked.store(false, Ordering::Relaxed);
             // Recorded now, not when the stream changes: by then the caller may have destroyed this one.
@@ -260,16 +261,25 @@ impl Ready {
             retain_for_graph(&self.context, &capture, Arc::clone(self) as _)?;
             order.retained = Some(capture.id);
         }
-        self.queue(plan, overlap, buffers)?;
+        self.queue(plan, share, overlap, buffers)?;
         let node = capture_of(&self.context, stream).and_then(|capture| capture.node);
         order.captured = Some(Captured { id: capture.id, stream, node });
         Ok(())
     }
 
-    /// The launches of one call.
-    fn queue(&self, plan: Plan, overlap: Overlap, buffers: Buffers) -> Result<()> {
-        let Buffers { input, output, count, stream } = buffers;
+    /// The launches of one call: for a pre-multiplied sum the products into the output first, which is then summed in
+    /// place.
+    fn queue(&self, plan: Plan, share: u32, mut overlap: Overlap, buffers: Buffers) -> Result<()> {
+        let Buffers { mut input, output, count, stream } = buffers;
         let element = plan.dtype.size().unwrap_or(0);
+        if let Some(factor) = plan.factor {
+            let pass = pass(input, output, count, element);
+            // Waiting beside the kernel before it, a larger one could take the room of another communicator's kernel.
+            let dependent = overlap.first && pass.blocks <= share;
+            let (kernels, class, dtype, trigger) = (&self.kernels, plan.class, plan.dtype, overlap.within);
+            Multiply { kernels, class, dtype, factor, pass, dependent, trigger }.on(stream, input, output, count)?;
+            (input, overlap.first) = (output, overlap.others);
+        }
         let mut done = 0;
         while done < count {
             let next = plan.piece.min(count - done);

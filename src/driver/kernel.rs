@@ -11,10 +11,10 @@ use super::context::Context;
 use super::host::HostMemory;
 use super::later::let_go;
 use super::stream::RawStream;
-use crate::call::Class;
+use crate::call::{Class, DataType, Factor};
 use crate::error::{Error, Result};
 use crate::layout::{self, Algorithm};
-use crate::route::Plan;
+use crate::route::{Pass, Plan};
 use crate::warning;
 
 #[allow(
@@ -30,8 +30,10 @@ use crate::warning;
 mod abi {
     include!(concat!(env!("OUT_DIR"), "/args.rs"));
 }
-/// The only parameter of every kernel, as `kernels/args.h` states it.
+/// The only parameter of every kernel but one kind, as `kernels/args.h` states it.
 pub use abi::TwoshotArgs as Args;
+/// The parameter of that kind, the pass before a pre-multiplied sum.
+pub use abi::TwoshotScaleArgs as ScaleArgs;
 use abi::{TwoshotControl, TwoshotState};
 
 /// The word that means "nothing has arrived here yet"; no publisher stores it.
@@ -111,25 +113,32 @@ impl Module {
         };
         let wire = if multicast { "mc" } else { "uc" };
         let mut functions = [[std::ptr::null_mut(); CLASSES]; 2];
+        let mut passes = [std::ptr::null_mut(); CLASSES];
         let mut resident = u32::MAX;
+        let mut load = |function: &mut sys::CUfunction, name: String| -> Result<()> {
+            let name = CString::new(name).map_err(|_| Error::Bug("a kernel name holds a zero byte"))?;
+            // SAFETY: valid out-pointer, live module, terminated name.
+            unsafe { call!(api, cuModuleGetFunction(function, self.raw, name.as_ptr())) }?;
+            if let Some(load) = api.cuFuncLoad {
+                // SAFETY: the function was just found in a live module.
+                super::api::check("cuFuncLoad", unsafe { load(*function) })?;
+            }
+            let mut blocks = 0;
+            let threads = layout::MAX_THREADS as i32;
+            // SAFETY: as above.
+            unsafe { call!(api, cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, *function, threads, 0)) }?;
+            resident = resident.min(u32::try_from(blocks).unwrap_or(0));
+            Ok(())
+        };
         for (row, algorithm) in functions.iter_mut().zip(Algorithm::ALL) {
             for (function, class) in row.iter_mut().zip(Class::ALL) {
-                let name = format!("twoshot_{}_{}_{}_{wire}", algorithm.name(), class.name(), world(class));
-                let name = CString::new(name).map_err(|_| Error::Bug("a kernel name holds a zero byte"))?;
-                // SAFETY: valid out-pointer, live module, terminated name.
-                unsafe { call!(api, cuModuleGetFunction(function, self.raw, name.as_ptr())) }?;
-                if let Some(load) = api.cuFuncLoad {
-                    // SAFETY: the function was just found in a live module.
-                    super::api::check("cuFuncLoad", unsafe { load(*function) })?;
-                }
-                let mut blocks = 0;
-                let threads = layout::MAX_THREADS as i32;
-                // SAFETY: as above.
-                unsafe { call!(api, cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, *function, threads, 0)) }?;
-                resident = resident.min(u32::try_from(blocks).unwrap_or(0));
+                load(function, format!("twoshot_{}_{}_{}_{wire}", algorithm.name(), class.name(), world(class)))?;
             }
         }
-        Ok(Kernels { module: Arc::clone(self), functions, resident_per_sm: resident })
+        for (function, class) in passes.iter_mut().zip(Class::ALL).filter(|(_, class)| class.scales()) {
+            load(function, format!("twoshot_scale_{}", class.name()))?;
+        }
+        Ok(Kernels { module: Arc::clone(self), functions, passes, resident_per_sm: resident })
     }
 }
 
@@ -153,6 +162,8 @@ const CLASSES: usize = Class::ALL.len();
 pub struct Kernels {
     module: Arc<Module>,
     functions: [[sys::CUfunction; CLASSES]; 2],
+    /// Before a pre-multiplied sum, by class; none for a class that has none.
+    passes: [sys::CUfunction; CLASSES],
     resident_per_sm: u32,
 }
 
@@ -192,32 +203,87 @@ impl Launch<'_> {
     /// Queues the kernel; operation and type are the plan's. No allocation, no lock, no formatting.
     pub fn on(&self, stream: RawStream, args: &Args) -> Result<()> {
         let function = self.kernels.functions[self.plan.algorithm as usize][self.plan.class as usize];
-        // SAFETY: a plain structure for which zero is a value.
-        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        attribute.id = sys::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION as i32;
-        attribute.value.programmaticStreamSerializationAllowed = 1;
-        let config = sys::CUlaunchConfig {
-            gridDimX: self.plan.blocks,
-            gridDimY: 1,
-            gridDimZ: 1,
-            blockDimX: self.plan.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: 0,
-            hStream: stream.raw(),
-            attrs: &raw mut attribute,
-            numAttrs: u32::from(self.dependent),
-        };
         let args =
             Args { op: self.plan.op.0 as u32, type_: self.plan.dtype.0 as u16, trigger: self.trigger.into(), ..*args };
-        let mut parameters = [std::ptr::from_ref(&args).cast_mut().cast::<c_void>()];
-        let api = self.kernels.module.context.api();
-        let no_extra = std::ptr::null_mut();
-        // SAFETY: config, attribute and parameters outlive the call, which copies them; the kernel takes exactly one
-        // `TwoshotArgs`. What the addresses in it point to is kept alive by the communicator and, for the buffers,
-        // by NCCL's contract with our caller.
-        unsafe { call!(api, cuLaunchKernelEx(&config, function, parameters.as_mut_ptr(), no_extra)) }
+        let shape = (self.plan.blocks, self.plan.threads);
+        // SAFETY: the kernel takes exactly one `TwoshotArgs`.
+        unsafe { queue(self.kernels, function, shape, self.dependent, stream, &args) }
     }
+}
+
+/// The launch before a pre-multiplied sum: every element times the factor. The sum behind it may be a dependent launch:
+/// every kernel waits for the end of its predecessor before it touches memory.
+pub struct Multiply<'a> {
+    /// Where the function comes from.
+    pub kernels: &'a Kernels,
+    /// The sum's.
+    pub class: Class,
+    /// Element type.
+    pub dtype: DataType,
+    /// By what.
+    pub factor: Factor,
+    /// Grid, block and the split.
+    pub pass: Pass,
+    /// As of a [`Launch`].
+    pub dependent: bool,
+    /// The same.
+    pub trigger: bool,
+}
+
+impl Multiply<'_> {
+    /// Queues it.
+    pub fn on(&self, stream: RawStream, input: u64, output: u64, count: u64) -> Result<()> {
+        let function = self.kernels.passes[self.class as usize];
+        if function.is_null() {
+            return Err(Error::Bug("a class that does not sum has no pass"));
+        }
+        let (factor, factor_address) = match self.factor {
+            Factor::Value(bits) => (bits, 0),
+            Factor::Device(address) => (0, address),
+        };
+        let head = self.pass.head;
+        let type_ = self.dtype.0 as u32;
+        let args = ScaleArgs { in_: input, out: output, count, head, factor, factor_address, type_, trigger: self.trigger.into() };
+        let shape = (self.pass.blocks, self.pass.threads);
+        // SAFETY: the kernel takes exactly one `TwoshotScaleArgs`.
+        unsafe { queue(self.kernels, function, shape, self.dependent, stream, &args) }
+    }
+}
+
+/// Queues a kernel with its only parameter.
+///
+/// # Safety
+/// The function is of this module and takes exactly one `T`. What the addresses in it point to is kept alive by the
+/// communicator and, for the buffers and a factor, by NCCL's contract with our caller.
+unsafe fn queue<T>(
+    kernels: &Kernels,
+    function: sys::CUfunction,
+    (blocks, threads): (u32, u32),
+    dependent: bool,
+    stream: RawStream,
+    args: &T,
+) -> Result<()> {
+    // SAFETY: a plain structure for which zero is a value.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = sys::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION as i32;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    let config = sys::CUlaunchConfig {
+        gridDimX: blocks,
+        gridDimY: 1,
+        gridDimZ: 1,
+        blockDimX: threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: 0,
+        hStream: stream.raw(),
+        attrs: &raw mut attribute,
+        numAttrs: u32::from(dependent),
+    };
+    let mut parameters = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
+    let api = kernels.module.context.api();
+    let no_extra = std::ptr::null_mut();
+    // SAFETY: config, attribute and parameters outlive the call, which copies them; the rest is the caller's promise.
+    unsafe { call!(api, cuLaunchKernelEx(&config, function, parameters.as_mut_ptr(), no_extra)) }
 }
 
 /// What the host tells running kernels and what they report, in host memory that the device maps.

@@ -23,7 +23,7 @@ pub use capture::{
 pub use context::{Context, Device, DeviceFacts, Entered};
 pub use copy::{Place, copy, current_ordinal, device_address, fill, ordinal_at};
 pub use host::HostMemory;
-pub use kernel::{Args, Control, ControlPage, Fault, Kernels, Launch, Module, SENTINEL, dependent_launch};
+pub use kernel::{Args, Control, ControlPage, Fault, Kernels, Launch, Module, Multiply, SENTINEL, dependent_launch};
 pub use later::{Remains, Scope, let_go};
 pub use memory::{Allocation, HandleType, Imported, Mapping, Reservation, Scratch, Shareable, granularity};
 pub use multicast::{

@@ -157,7 +157,8 @@ impl Coll {
         let own = context.as_ref().ok().map(Arc::clone);
         let communicator = Communicator::default();
         // Which NCCL it is cannot be told here; a program may hold it in itself.
-        communicator.set_up(&mut exchange, device, context, (0, Binding::default()))?;
+        // Operations are NCCL's own matter here.
+        communicator.set_up(&mut exchange, device, context, (0, Binding { unseen: true, ..Binding::default() }))?;
         let (State::Ready(ready), Some(context)) = (communicator.state(), own) else { return Ok(None) };
         let ready = Arc::clone(ready);
         if let Err(error) = alike(&mut exchange) {

@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use half::{bf16, f16};
 
-use crate::call::{Call, Class, DataType, ReduceOp};
-use crate::driver::{Args, Context, Event, Kernels, Launch, RawStream, Scratch, Stream};
+use crate::call::{Call, Class, DataType, Factor, ReduceOp};
+use crate::driver::{Args, Context, Event, Kernels, Launch, Multiply, RawStream, Scratch, Stream};
 use crate::error::{Error, Result};
 use crate::layout::Algorithm;
-use crate::route::{Agreement, Plan, Route, decide};
+use crate::route::{Agreement, Plan, Route, decide, pass};
 use crate::steps::bounded;
 use crate::workspace::Workspace;
 
@@ -108,7 +108,8 @@ struct Bench {
 
 impl Bench {
     fn new(context: &Arc<Context>, args: Args) -> Result<Self> {
-        let (input, output) = (Scratch::new(context, COUNT * 8)?, Scratch::new(context, COUNT * 8)?);
+        // A factor fits behind the input.
+        let (input, output) = (Scratch::new(context, (COUNT + 1) * 8)?, Scratch::new(context, COUNT * 8)?);
         Ok(Self { input, output, stream: Stream::new(context)?, args })
     }
 
@@ -122,7 +123,47 @@ impl Bench {
                 }
             }
         }
+        if agreement.scaled_bytes > 0 {
+            for class in Class::ALL.into_iter().filter(|class| class.scales()) {
+                self.multiply(kernels, class, budget)?;
+            }
+        }
         Ok(())
+    }
+
+    /// The pass before a pre-multiplied sum: every second class reads its factor from the device.
+    fn multiply(&self, kernels: &Kernels, class: Class, budget: Budget) -> Result<()> {
+        const TIMES: f32 = 2.0;
+        let (dtype, _) = sample(class);
+        let mine = payload(dtype, COUNT, |i| value(self.args.rank, 0, i));
+        let mut factor = payload(dtype, 1, |_| TIMES);
+        factor.resize(8, 0);
+        self.input.write(0, &mine, &self.stream)?;
+        self.input.write(COUNT * 8, &factor, &self.stream)?;
+        self.output.write(0, &vec![0xA5; mine.len()], &self.stream)?;
+        let factor = if (class as u32).is_multiple_of(2) {
+            Factor::Device(self.input.address() + COUNT * 8)
+        } else {
+            Factor::Value(factor.iter().rev().fold(0, |bits, byte| bits << 8 | u64::from(*byte)))
+        };
+        let (input, output) = (self.input.address(), self.output.address());
+        let pass = pass(input, output, COUNT, dtype.size().unwrap_or(0));
+        Multiply { kernels, class, dtype, factor, pass, dependent: false }.on(
+            self.stream.as_raw(),
+            input,
+            output,
+            COUNT,
+        )?;
+        if !self.stream.wait(budget.patience)? {
+            return Err(Error::Deadline("the known-answer AllReduce"));
+        }
+        let mut got = vec![0; mine.len()];
+        self.output.read(0, &mut got, &self.stream)?;
+        let expected = payload(dtype, COUNT, |i| value(self.args.rank, 0, i) * TIMES);
+        match got.iter().zip(&expected).position(|(got, expected)| got != expected) {
+            None => Ok(()),
+            Some(at) => Err(Error::WrongAnswer(format!("product {}, byte {at} of {}", class.name(), got.len()))),
+        }
     }
 
     fn run(

@@ -71,8 +71,18 @@ fn settled(
     let tuned = domain.chosen_blocks || row.source == Source::File;
     let small_blocks = if tuned { blocks } else { blocks.max(SMALL_BLOCKS.min(most)) };
     let (ranks, min_bytes) = (world.ranks, config.min_bytes);
-    let agreement =
-        Agreement { ranks, layout, min_bytes, oneshot_bytes, twoshot_bytes, piece_bytes, blocks, small_blocks };
+    let scaled_bytes = if domain.operations { scaled(config, row).min(twoshot_bytes.max(oneshot_bytes)) } else { 0 };
+    let agreement = Agreement {
+        ranks,
+        layout,
+        min_bytes,
+        oneshot_bytes,
+        twoshot_bytes,
+        piece_bytes,
+        scaled_bytes,
+        blocks,
+        small_blocks,
+    };
     Limits { agreement, world, row }
 }
 
@@ -89,6 +99,14 @@ fn payloads(config: &Config, row: Row) -> (u64, u64) {
         }
         Some(Algorithm::TwoShot) => (0, twoshot),
     }
+}
+
+/// The largest payload of a pre-multiplied sum: the user's word on payloads, else half of where the sum alone meets stock
+/// NCCL, which multiplies on the way. The pass before the sum is a launch of about 2 us and moves twice the payload
+/// through the device's memory, 2 us + 2 B / 2.5 TB/s; what a sum gains shrinks towards the crossing. On two H100 (docs/
+/// performance.md) it gains 15 us at 4 MiB, 11 at 8 and 3 at 16, where the pass takes 5, 9 and 15.
+fn scaled(config: &Config, row: Row) -> u64 {
+    config.max_bytes.unwrap_or(row.twoshot_bytes / 2)
 }
 
 /// Halves the payloads of a launch until a window for them fits the memory.

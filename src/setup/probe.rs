@@ -73,6 +73,7 @@ pub fn facts(
     facts.nccl = request.nccl;
     facts.deadline_ms = u32::try_from(config.setup_timeout_ms).unwrap_or(u32::MAX);
     facts.bound = request.bound.digest;
+    facts.operations = !request.bound.unseen && !request.bound.incomplete;
     facts.tuning = match &config.tuning {
         None => 0,
         Some(Ok(tuning)) => tuning.digest(),

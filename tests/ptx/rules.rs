@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::parse::{Instruction, Kernel, kernels};
-use crate::taint::{CONTROL, IN, MULTICAST, OUT, Origins, Taint, WINDOWS};
+use crate::taint::{CONTROL, FACTOR, IN, MULTICAST, OUT, Origins, Taint, WINDOWS, scales};
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Rule {
@@ -139,7 +139,35 @@ fn only_sums(kernel: &Kernel) -> bool {
     !matches!(kernel.name.split('_').nth(2), Some("f32op" | "f16op" | "bf16op" | "i8" | "i32" | "i64" | "f64" | "fp8"))
 }
 
+/// Float instructions of a kernel that multiplies by a factor.
+fn products(kernel: &Kernel) -> &'static [&'static str] {
+    match kernel.name.rsplit('_').next() {
+        Some("f32") => &["mul.rn.f32"],
+        Some("f16") => &["mul.rn.f16x2"],
+        Some("bf16") => &["mul.rn.bf16x2"],
+        Some("f64") => &["mul.rn.f64"],
+        Some("fp8") => &[
+            "mul.rn.f32",
+            "cvt.f32.f16",
+            "cvt.rn.f16x2.e4m3x2",
+            "cvt.rn.satfinite.e4m3x2.f32",
+            "cvt.rn.satfinite.e5m2x2.f32",
+        ],
+        _ => &[],
+    }
+}
+
 fn arithmetic(kernel: &Kernel, instruction: &Instruction, report: &mut dyn FnMut(Rule, &str)) {
+    if scales(kernel) {
+        let float = ["f16", "f16x2", "bf16", "bf16x2", "f32", "f64", "e4m3x2", "e5m2x2"]
+            .iter()
+            .any(|kind| instruction.has(kind));
+        let plain = matches!(instruction.base(), "mov" | "ld" | "st" | "selp");
+        if (float && !plain && !products(kernel).contains(&instruction.opcode.as_str())) || instruction.has("ftz") {
+            report(Rule::Arithmetic, "float arithmetic other than this type's product");
+        }
+        return;
+    }
     if !only_sums(kernel) && RUNTIME.contains(&instruction.opcode.as_str()) {
         return;
     }
@@ -177,7 +205,7 @@ fn accesses(instruction: &Instruction, taint: &Taint, report: &mut dyn FnMut(Rul
     let allowed = match origins {
         WINDOWS => strong("ld") || strong("st") || instruction.base() == "atom",
         CONTROL => strong("ld") || strong("st"),
-        IN => ordinary("ld"),
+        IN | FACTOR => ordinary("ld"),
         OUT => ordinary("st"),
         MULTICAST => instruction.base() == "multimem",
         _ => false,
@@ -246,7 +274,14 @@ fn boundary(kernel: &Kernel, report: &mut dyn FnMut(Rule, usize, &str)) {
 }
 
 fn names(origins: Origins) -> String {
-    let table = [(IN, "in"), (OUT, "out"), (WINDOWS, "windows"), (MULTICAST, "multicast"), (CONTROL, "control")];
+    let table = [
+        (IN, "in"),
+        (OUT, "out"),
+        (WINDOWS, "windows"),
+        (MULTICAST, "multicast"),
+        (CONTROL, "control"),
+        (FACTOR, "factor"),
+    ];
     let found: Vec<_> = table.iter().filter(|(bit, _)| origins & bit != 0).map(|(_, name)| *name).collect();
     if found.is_empty() { "no parameter".into() } else { found.join(" and ") }
 }

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::mem::offset_of;
 
-use crate::args::TwoshotArgs;
+use crate::args::{TwoshotArgs, TwoshotScaleArgs};
 use crate::parse::{Instruction, Kernel, registers};
 
 /// A set of address parameters.
@@ -14,8 +14,20 @@ pub const OUT: Origins = 2;
 pub const WINDOWS: Origins = 4;
 pub const MULTICAST: Origins = 8;
 pub const CONTROL: Origins = 16;
+/// A factor on the device.
+pub const FACTOR: Origins = 32;
 
-fn origin(offset: usize) -> Origins {
+/// Whether a kernel is one of scale.cuh, which have another parameter.
+pub fn scales(kernel: &Kernel) -> bool {
+    kernel.name.starts_with("twoshot_scale_")
+}
+
+fn origin(kernel: &Kernel, offset: usize) -> Origins {
+    const SCALES: [(usize, Origins); 3] = [
+        (offset_of!(TwoshotScaleArgs, in_), IN),
+        (offset_of!(TwoshotScaleArgs, out), OUT),
+        (offset_of!(TwoshotScaleArgs, factor_address), FACTOR),
+    ];
     const TABLE: [(usize, Origins); 5] = [
         (offset_of!(TwoshotArgs, in_), IN),
         (offset_of!(TwoshotArgs, out), OUT),
@@ -24,7 +36,8 @@ fn origin(offset: usize) -> Origins {
         (offset_of!(TwoshotArgs, control), CONTROL),
     ];
     // A load may start anywhere inside the field.
-    TABLE.iter().filter(|(field, _)| offset / 8 * 8 == *field).map(|(_, origin)| *origin).sum()
+    let table = if scales(kernel) { &SCALES[..] } else { &TABLE };
+    table.iter().filter(|(field, _)| offset / 8 * 8 == *field).map(|(_, origin)| *origin).sum()
 }
 
 pub struct Taint<'a> {
@@ -62,7 +75,7 @@ impl<'a> Taint<'a> {
             };
             let width = if instruction.opcode.ends_with("32") { 4 } else { 8 };
             for (index, register) in registers(&instruction.operands[0]).enumerate() {
-                *self.registers.entry(register).or_default() |= origin(offset + index * width);
+                *self.registers.entry(register).or_default() |= origin(self.kernel, offset + index * width);
             }
             return Ok(());
         }
@@ -73,15 +86,17 @@ impl<'a> Taint<'a> {
         let sources = if instruction.address().is_some() { 0 } else { 1 };
         let uses_block = instruction.operands.iter().skip(sources).any(of_block);
         if uses_block {
-            return match (instruction.base(), instruction.operands.as_slice()) {
-                ("mov", [target, source]) => match self.parameter_offset(source) {
-                    Some(offset) => {
-                        self.parameter_addresses.insert(target, offset);
-                        Ok(())
-                    }
-                    None => lost("the parameter block's address is lost"),
-                },
-                _ => lost("the parameter block's address goes elsewhere"),
+            let (target, offset) = match (instruction.base(), instruction.operands.as_slice()) {
+                ("mov", [target, source]) => (target, self.parameter_offset(source)),
+                // A place inside the block, by a number.
+                ("add", [target, source, number]) => (target, self.parameter_offset(&format!("{source}+{number}"))),
+                _ => return lost("the parameter block's address goes elsewhere"),
+            };
+            let Some(offset) = offset else { return lost("the parameter block's address is lost") };
+            let before = self.parameter_addresses.insert(target, offset);
+            return match before {
+                Some(before) if before != offset => lost("two places in the parameter block have one name"),
+                _ => Ok(()),
             };
         }
         match instruction.base() {
@@ -106,10 +121,9 @@ impl<'a> Taint<'a> {
     /// `kernel_param_0+40` or `%rd1+40`.
     fn parameter_offset(&self, address: &str) -> Option<usize> {
         let (base, offset) = address.split_once('+').unwrap_or((address, "0"));
-        let offset: usize = offset.parse().ok()?;
-        if base.strip_prefix(self.kernel.name.as_str()) == Some("_param_0") {
-            return Some(offset);
-        }
-        Some(self.parameter_addresses.get(base)? + offset)
+        let offset: isize = offset.parse().ok()?;
+        let of_block = base.strip_prefix(self.kernel.name.as_str()) == Some("_param_0");
+        let start = if of_block { 0 } else { *self.parameter_addresses.get(base)? };
+        start.checked_add_signed(offset)
     }
 }

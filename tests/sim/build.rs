@@ -39,9 +39,17 @@ fn main() {
     let symbolic = || OsString::from("-Wl,-Bsymbolic-functions");
 
     println!("cargo::rerun-if-env-changed=TWOSHOT_SIM_SANITIZE");
-    for watched in
-        [&include, &kernels, &dir("cuda"), &dir("nvml"), &dir("exec"), &dir("nccl"), &dir("worker"), &dir("selftest")]
-    {
+    for watched in [
+        &include,
+        &kernels,
+        &dir("cuda"),
+        &dir("nvml"),
+        &dir("exec"),
+        &dir("nccl"),
+        &dir("worker"),
+        &dir("late"),
+        &dir("selftest"),
+    ] {
         println!("cargo::rerun-if-changed={}", watched.display());
     }
     println!("cargo::rerun-if-changed={}", dir("plugin").display());
@@ -119,6 +127,15 @@ fn main() {
             includes: vec![include.clone(), dir("nccl")],
             define: &[],
             link: vec!["-shared".into()],
+        });
+        // A part of a program that is loaded late.
+        targets.push(Target {
+            output: "lib/libsim_late.so",
+            link_name: None,
+            sources: sources(&dir("late")),
+            includes: vec![include.clone()],
+            define: &[],
+            link: ["-shared", "-Wl,-z,lazy", "-lnccl"].map(Into::into).to_vec(),
         });
     }
     let worker = sources(&dir("worker"));

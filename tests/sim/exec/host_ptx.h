@@ -188,6 +188,31 @@ inline float host_canonical(float value) { return value != value ? mov_b32_f32(0
 inline float mul_rn_f32(float a, float b) { return host_canonical(a * b); }
 inline float div_rn_f32(float a, float b) { return host_canonical(a / b); }
 
+inline uint32_t mul_rn_f16x2(uint32_t a, uint32_t b) {
+  float low[2], high[2];
+  cvt_f16x2_f32(a, low[0], high[0]);
+  cvt_f16x2_f32(b, low[1], high[1]);
+  // The products are exact in f32.
+  return cvt_rn_f16x2_f32(low[0] * low[1], high[0] * high[1]);
+}
+
+// Exact in f64, but not below f32's subnormals: what f32 cannot hold leaves its mark in the last bit, which is far below
+// the one that decides.
+inline uint32_t host_bf16_product(uint32_t a, uint32_t b) {
+  const double product = double{mov_b32_f32(a << 16)} * double{mov_b32_f32(b << 16)};
+  const float rounded = static_cast<float>(product);
+  uint32_t bits = mov_f32_b32(rounded);
+  if (product == product && double{rounded} != product) {
+    if (std::fabs(double{rounded}) > std::fabs(product)) bits--;
+    bits |= 1;
+  }
+  return host_bf16(mov_b32_f32(bits));
+}
+
+inline uint32_t mul_rn_bf16x2(uint32_t a, uint32_t b) {
+  return host_bf16_product(a & 0xFFFF, b & 0xFFFF) | host_bf16_product(a >> 16, b >> 16) << 16;
+}
+
 inline double mov_b64_f64(uint32_t low, uint32_t high) {
   const uint64_t bits = uint64_t{high} << 32 | low;
   double value;

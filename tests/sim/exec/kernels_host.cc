@@ -16,7 +16,12 @@ namespace {
          },                                                                                                \
          sizeof(TwoshotArgs), TWOSHOT_MAX_THREADS, 64},
 
-constexpr Kernel kKernels[] = {TWOSHOT_KERNELS(TWOSHOT_ROW)};
+#define TWOSHOT_SCALE_ROW(type)                                                                                        \
+  Kernel{"twoshot_scale_" #type,                                                                                       \
+         [](const void* params) { twoshot_scale_##type(*static_cast<const TwoshotScaleArgs*>(params)); },              \
+         sizeof(TwoshotScaleArgs), TWOSHOT_MAX_THREADS, 64},
+
+constexpr Kernel kKernels[] = {TWOSHOT_KERNELS(TWOSHOT_ROW) TWOSHOT_SCALES(TWOSHOT_SCALE_ROW)};
 
 }  // namespace
 

@@ -55,7 +55,7 @@ ncclResult_t submit(Op op, ncclComm_t comm, cudaStream_t stream) {
   }
   if (reduces(op.call)) {
     std::lock_guard<std::mutex> guard(found->ops_lock);
-    size_t custom = size_t(op.op) - size_t(ncclNumOps);
+    size_t custom = found->op_index(op.op);
     bool known = op.op >= 0 && (op.op < ncclNumOps || (custom < found->ops.size() && found->ops[custom].used));
     if (!known) {
       SIM_WARN("%s : invalid reduction operation %d", op.name, op.op);
@@ -106,7 +106,7 @@ SIM_EXPORT ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t* op, void* scalar, 
   while (at < found->ops.size() && found->ops[at].used) ++at;
   if (at == found->ops.size()) found->ops.emplace_back();
   found->ops[at] = entry;
-  *op = ncclNumOps + int(at);
+  *op = found->op_handle(at);
   return ncclSuccess;
 }
 SIM_ALIAS(ncclRedOpCreatePreMulSum);
@@ -116,7 +116,7 @@ SIM_EXPORT ncclResult_t ncclRedOpDestroy(ncclRedOp_t op, ncclComm_t comm) {
   CommPtr found = find_comm(comm, "ncclRedOpDestroy");
   if (!found) return ncclInvalidArgument;
   std::lock_guard<std::mutex> guard(found->ops_lock);
-  size_t at = size_t(op) - size_t(ncclNumOps);
+  size_t at = found->op_index(op);
   if (op < ncclNumOps || at >= found->ops.size() || !found->ops[at].used) return ncclInvalidArgument;
   found->ops[at] = PreMulSum();
   return ncclSuccess;

@@ -71,6 +71,10 @@ struct Comm {
 
   std::mutex ops_lock;
   std::vector<PreMulSum> ops;
+  // What a program holds of one: an index in disguise, another on every rank and communicator, as NCCL's.
+  int op_key() const { return int((hash * 0x9e3779b97f4a7c15ull + uint64_t(rank) * 0xd1342543de82ef95ull) >> 35); }
+  int op_handle(size_t index) const { return ncclNumOps + (int(index) ^ op_key()); }
+  size_t op_index(int handle) const { return size_t((handle - ncclNumOps) ^ op_key()); }
 
   std::mutex windows_lock;
   uint64_t windows_made = 0;

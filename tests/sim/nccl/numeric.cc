@@ -1,6 +1,7 @@
 // See numeric.h. Pure arithmetic: touches no communicator, no socket, no driver.
 #include "numeric.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -148,20 +149,31 @@ Acc add(Acc a, Acc b) {
   }
 }
 
-template <class Acc>
-Acc scaled(Acc value, const Operand& operand) {
+// To nearest even with so many bits behind the point and no exponent below `least`. Overflow is left to the caller.
+double round_to(double value, int bits, int least) {
+  if (!std::isfinite(value) || value == 0) return value;
+  int shift = bits - std::max(std::ilogb(value), least);
+  return std::ldexp(std::nearbyint(std::ldexp(value, shift)), -shift);
+}
+
+float as_half(double value) { return half_to_float(float_to_half(float(round_to(value, 10, -14)))); }
+float as_bfloat(double value) { return bfloat_to_float(float_to_bfloat(float(round_to(value, 7, -126)))); }
+
+// The product of an element and its rank's scalar; `round` makes a value of the type of an exact product.
+template <class Acc, class Round>
+Acc scaled(Acc value, const Operand& operand, Round round) {
   if constexpr (std::is_integral_v<Acc>) {
     return multiply(value, Acc(operand.iscale));
   } else {
-    return value * Acc(operand.scale);
+    return round(double(value) * operand.scale);
   }
 }
 
-template <class Acc, class Load, class Store>
-bool fold(int op, const std::vector<Operand>& in, size_t count, Load load, Store store) {
+template <class Acc, class Load, class Store, class Round>
+bool fold(int op, const std::vector<Operand>& in, size_t count, Load load, Store store, Round round) {
   for (size_t i = 0; i < count; ++i) {
     Acc acc = load(in[0].data, i);
-    if (op == kPreMulSum) acc = scaled(acc, in[0]);
+    if (op == kPreMulSum) acc = scaled(acc, in[0], round);
     for (size_t r = 1; r < in.size(); ++r) {
       Acc next = load(in[r].data, i);
       switch (op) {
@@ -179,7 +191,7 @@ bool fold(int op, const std::vector<Operand>& in, size_t count, Load load, Store
           acc = next < acc ? next : acc;
           break;
         case kPreMulSum:
-          acc = add(acc, scaled(next, in[r]));
+          acc = add(acc, scaled(next, in[r], round));
           break;
         default:
           return false;
@@ -193,14 +205,17 @@ bool fold(int op, const std::vector<Operand>& in, size_t count, Load load, Store
 
 template <class T>
 bool fold_plain(int op, const std::vector<Operand>& in, size_t count, void* out) {
-  return fold<T>(op, in, count, load_raw<T>, [out](size_t i, T value) { store_raw(out, i, value); });
+  return fold<T>(
+      op, in, count, load_raw<T>, [out](size_t i, T value) { store_raw(out, i, value); },
+      [](double product) { return T(product); });
 }
 
-template <class Bits, class Decode, class Encode>
-bool fold_small(int op, const std::vector<Operand>& in, size_t count, void* out, Decode decode, Encode encode) {
+template <class Bits, class Decode, class Encode, class Round>
+bool fold_small(int op, const std::vector<Operand>& in, size_t count, void* out, Decode decode, Encode encode,
+                Round round) {
   return fold<float>(
       op, in, count, [&](const uint8_t* from, size_t i) { return decode(load_raw<Bits>(from, i)); },
-      [&](size_t i, float value) { store_raw<Bits>(out, i, encode(value)); });
+      [&](size_t i, float value) { store_raw<Bits>(out, i, encode(value)); }, round);
 }
 
 }  // namespace
@@ -225,17 +240,19 @@ bool reduce(int type, int op, const std::vector<Operand>& in, size_t count, void
     case ncclFloat64:
       return fold_plain<double>(op, in, count, out);
     case ncclFloat16:
-      return fold_small<uint16_t>(op, in, count, out, half_to_float, float_to_half);
+      return fold_small<uint16_t>(op, in, count, out, half_to_float, float_to_half, as_half);
     case ncclBfloat16:
-      return fold_small<uint16_t>(op, in, count, out, bfloat_to_float, float_to_bfloat);
+      return fold_small<uint16_t>(op, in, count, out, bfloat_to_float, float_to_bfloat, as_bfloat);
     case ncclFloat8e4m3:
       return fold_small<uint8_t>(
           op, in, count, out, [](uint8_t bits) { return fp8_to_float(bits, 4); },
-          [](float value) { return float_to_fp8(value, 4); });
+          [](float value) { return float_to_fp8(value, 4); },
+          [](double product) { return fp8_to_float(float_to_fp8(as_half(product), 4), 4); });
     case ncclFloat8e5m2:
       return fold_small<uint8_t>(
           op, in, count, out, [](uint8_t bits) { return fp8_to_float(bits, 5); },
-          [](float value) { return float_to_fp8(value, 5); });
+          [](float value) { return float_to_fp8(value, 5); },
+          [](double product) { return fp8_to_float(float_to_fp8(as_half(product), 5), 5); });
     default:
       return false;
   }

@@ -1,7 +1,8 @@
 // Element types and reductions of the simulated NCCL: conversion and folding in rank order, nothing else.
 //
 // Half-width floats accumulate in f32 in rank order and are rounded once, to nearest even, so that the result is the
-// same bits on every rank and equals the plain reference.
+// same bits on every rank and equals the plain reference. A pre-multiplied sum rounds each product to the type first; fp8
+// is multiplied in f16, as NCCL does.
 #pragma once
 
 #include <cstddef>

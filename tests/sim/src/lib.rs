@@ -57,6 +57,11 @@ pub fn collnet_plugin() -> PathBuf {
     lib_dir().join("libsim_collnet.so")
 }
 
+/// An object that a program may open late, with a call of NCCL in it.
+pub fn late_object() -> PathBuf {
+    lib_dir().join("libsim_late.so")
+}
+
 /// The program that calls NCCL as any program would and knows nothing of twoshot.
 pub fn worker() -> &'static Path {
     Path::new(concat!(env!("OUT_DIR"), "/bin/sim_worker"))

@@ -1,6 +1,9 @@
 // Collective calls: plan, prepare buffers with guards and poison, issue, wait, check. See worker.h.
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <thread>
@@ -111,7 +114,13 @@ Call Driver::plan(const Statement& s, Lane& lane, uint64_t number) {
   c.configured = s.number("config", 0) != 0;
   c.extended = s.text("by", "") == "extension";
   if (s.has("pairs")) c.payload.kind = Payload::kPairs;
-  c.payload.special = s.number("special", (c.op == ncclSum || c.exact == 2) && !c.scaled) != 0;
+  c.payload.special = s.number("special", c.op == ncclSum || c.exact == 2) != 0;
+  c.factor_call = c.payload.call;
+  c.each_factor = s.text("factor", "") == "each";
+  std::vector<std::string> makers = split_list(s.text("maker", ""), ',');
+  // One for all ranks, or one for each.
+  if (!makers.empty()) c.maker = makers.size() == 1 ? makers[0] : makers.at(size_t(c.member.rank));
+  if (c.maker == "name") c.maker.clear();
   c.in_place = s.number("inplace", 0) != 0;
   c.in_offset = size_t(s.number("offset", 0)) * type_bytes(c.type);
   c.out_offset = size_t(s.number("out_offset", s.number("offset", 0))) * type_bytes(c.type);
@@ -144,12 +153,13 @@ void Driver::prepare(Call& c) {
   refresh(c);
 }
 
-// 2, in the call's type.
-static uint64_t factor_of(int type) {
-  uint64_t two = is_float(type) && type_bytes(type) <= 4 ? encode(type, 2.0f) : 2;
-  double wide = 2.0;
-  if (type == ncclFloat64) std::memcpy(&two, &wide, sizeof two);
-  return two;
+// Every rank's factor of a call.
+static std::vector<uint64_t> factors_of(const Call& c) {
+  Payload payload = c.payload;
+  payload.call = c.factor_call;
+  std::vector<uint64_t> factors;
+  for (int r = 0; r < c.member.ranks; ++r) factors.push_back(factor_of(payload, c.type, r, c.each_factor));
+  return factors;
 }
 
 // Fresh payload, poisoned output, guards: on the call's stream, so that they are part of the program under test.
@@ -170,10 +180,24 @@ void Driver::refresh(Call& c) {
   std::copy(data.begin(), data.end(), c.image->begin() + long(at + spread));
   accept_cuda(cuMemcpyHtoDAsync_v2(c.in.base, c.image->data(), image_bytes, stream), "cuMemcpyHtoDAsync");
   if (c.factor.base) {
-    // Written in stream order: whoever reads it before the call runs reads poison.
-    c.factor_image = std::make_shared<uint64_t>(factor_of(c.type));
+    // Written in stream order: whoever reads it before the call runs reads poison, or the factor of the replay before.
+    c.factor_call = c.payload.call;
+    c.factor_image = std::make_shared<uint64_t>(factors_of(c).at(size_t(c.member.rank)));
     accept_cuda(cuMemcpyHtoDAsync_v2(c.factor.base, c.factor_image.get(), 8, stream), "cuMemcpyHtoDAsync");
   }
+}
+
+// Which of the ways to NCCL's function a program goes: by name; `second`, by its name with a p; `stock`, by an address
+// that it looked up in the library itself; `late`, through an object that is loaded for it.
+static decltype(&ncclRedOpCreatePreMulSum) make_operation(const std::string& maker) {
+  using Make = decltype(&ncclRedOpCreatePreMulSum);
+  if (maker.empty()) return &call::ncclRedOpCreatePreMulSum;
+  if (maker == "second") return &call::pncclRedOpCreatePreMulSum;
+  const char* path = maker == "late" ? getenv("SIM_LATE_OBJECT") : getenv("TWOSHOT_NCCL_LIBRARY");
+  void* object = dlopen(path ? path : "libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
+  void* made = object ? dlsym(object, maker == "late" ? "sim_late_create" : "ncclRedOpCreatePreMulSum") : nullptr;
+  if (!made) throw std::runtime_error(std::string("no way to make an operation: ") + dlerror());
+  return reinterpret_cast<Make>(made);
 }
 
 ncclResult_t Driver::issue(Call& c) {
@@ -188,11 +212,11 @@ ncclResult_t Driver::issue(Call& c) {
   int op = c.op;
   ncclResult_t result = ncclInvalidArgument;
   if (c.scaled) {
-    uint64_t two = factor_of(c.type);
-    void* scalar = c.on_device ? pointer(c.factor.base) : &two;
+    uint64_t factor = factors_of(c).at(size_t(c.member.rank));
+    void* scalar = c.on_device ? pointer(c.factor.base) : &factor;
     ncclScalarResidence_t where = c.on_device ? ncclScalarDevice : ncclScalarHostImmediate;
-    result = call::ncclRedOpCreatePreMulSum(&op, scalar, c.type, where, comm);
-    two = 0;  // read by now, or never
+    result = make_operation(c.maker)(&op, scalar, c.type, where, comm);
+    factor = 0;  // read by now, or never
     if (result != ncclSuccess) return result;
   }
   switch (c.coll) {
@@ -284,7 +308,6 @@ ncclResult_t Driver::issue(Call& c) {
 
 // What the output must hold.
 static Expectation expectation(const Call& c) {
-  size_t element = type_bytes(c.type);
   Expectation expected;
   auto append = [&](int rank, size_t first) {
     Bytes part = make_input(c.payload, c.type, rank, first, c.count);
@@ -296,21 +319,8 @@ static Expectation expectation(const Call& c) {
     case Coll::kAllReduce:
     case Coll::kReduce:
     case Coll::kReduceScatter:
-      expected = reduce_reference(c.payload, c.type, c.op, ranks, c.coll == Coll::kReduceScatter ? own : 0, c.count);
-      for (size_t i = 0; c.scaled && i < c.count; ++i) {
-        uint64_t bits = 0;
-        std::memcpy(&bits, expected.bits.data() + i * element, element);
-        if (c.type == ncclFloat64) {
-          double value;
-          std::memcpy(&value, &bits, sizeof value);
-          value *= 2;
-          std::memcpy(&bits, &value, sizeof value);
-        } else {
-          bits = is_float(c.type) ? encode(c.type, decode(c.type, bits) * 2.0f) : bits * 2;
-        }
-        std::memcpy(expected.bits.data() + i * element, &bits, element);
-        if (is_float(c.type)) expected.magnitude[i] *= 2;
-      }
+      expected = reduce_reference(c.payload, c.type, c.op, ranks, c.coll == Coll::kReduceScatter ? own : 0, c.count,
+                                  c.scaled ? factors_of(c) : std::vector<uint64_t>());
       break;
     case Coll::kBroadcast:
     case Coll::kBcast:
@@ -355,9 +365,8 @@ void Driver::check(Call& c) {
     Expectation expected = expectation(c);
     bool moved = c.coll != Coll::kAllReduce && c.coll != Coll::kReduce && c.coll != Coll::kReduceScatter;
     if (moved) expected.magnitude.assign(out_count(c), 0);
-    int exact = c.scaled ? 0 : c.exact;
     wrong += compare(expected, result, c.type, moved ? int(ncclSum) : c.op, c.member.ranks, out_count(c),
-                     moved ? 1 : exact, &first);
+                     moved ? 1 : c.exact, &first);
     if (c.coll == Coll::kAllReduce) {
       if (!digest_) digest_ = 0xcbf29ce484222325ull;
       for (size_t i = 0; i < out_bytes; ++i) digest_ = (digest_ ^ result[i]) * 0x100000001b3ull;

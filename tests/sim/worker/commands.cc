@@ -271,6 +271,8 @@ bool Driver::dispatch(const Statement& s) {
     if (!concerned(s).empty()) ::exit(int(s.number("code", 0)));
   } else if (n == "raw") {
     raw(s);
+  } else if (n == "operations") {
+    operations(s);
   } else if (n == "drop") {
     drop(s);
   } else if (n == "kill_self") {

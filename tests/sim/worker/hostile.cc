@@ -91,6 +91,55 @@ void Driver::raw(const Statement& s) {
   }
 }
 
+// Operations as programs mistake them: used with another type, used and destroyed again when it is gone, a handle that
+// comes back with another factor. The answers are NCCL's, and the last call's result is that of the last factor.
+void Driver::operations(const Statement& s) {
+  for (Lane* lane : concerned(s)) {
+    use_lane(*lane);
+    ncclComm_t comm = lane->member().comm;
+    CUstream stream = lane->current();
+    constexpr size_t kCount = 100;
+    Buffer buffer = take(*lane, kCount * 4, false);
+    void* data = reinterpret_cast<void*>(uintptr_t(buffer.base));
+    auto expect = [&](ncclResult_t got, ncclResult_t wanted, const char* what) {
+      if (got == wanted) return;
+      failed_ = true;
+      note(std::string(what) + " gave " + std::to_string(got));
+    };
+    auto reduce = [&](ncclRedOp_t op, int type) {
+      return call::ncclAllReduce(data, data, kCount, type, op, comm, stream);
+    };
+    accept_cuda(cuMemsetD32Async(buffer.base, 0x3f800000, kCount, stream), "cuMemsetD32Async");
+    float two = 2, three = 3;
+    ncclRedOp_t first, second;
+    expect(call::ncclRedOpCreatePreMulSum(&first, &two, ncclFloat32, ncclScalarHostImmediate, comm), ncclSuccess, "create");
+    expect(reduce(first, ncclFloat16), ncclInvalidArgument, "another type");
+    expect(reduce(first, ncclUint32), ncclInvalidArgument, "another type of the same size");
+    expect(reduce(first ^ 1, ncclFloat32), ncclInvalidArgument, "a handle that nobody made");
+    expect(call::ncclRedOpDestroy(first, comm), ncclSuccess, "destroy");
+    expect(reduce(first, ncclFloat32), ncclInvalidArgument, "a call with one that is gone");
+    expect(call::ncclRedOpDestroy(first, comm), ncclInvalidArgument, "a second destroy");
+    expect(call::ncclRedOpCreatePreMulSum(&second, &three, ncclFloat32, ncclScalarHostImmediate, comm), ncclSuccess,
+           "create");
+    expect(second, first, "the handle that was free");
+    expect(reduce(second, ncclFloat32), ncclSuccess, "a call with the new one");
+    // A factor is read when the operation is made, and an operation may go while calls with it are under way.
+    three = 5;
+    expect(call::ncclRedOpDestroy(second, comm), ncclSuccess, "destroy");
+    std::vector<float> got(kCount);
+    accept_cuda(cuMemcpyDtoHAsync_v2(got.data(), buffer.base, kCount * 4, stream), "cuMemcpyDtoHAsync");
+    accept(sync(*lane), "sync");
+    for (float value : got) {
+      if (value != 3.0f * float(lane->member().ranks)) {
+        failed_ = true;
+        note("got " + std::to_string(value));
+        break;
+      }
+    }
+    lane->pool.push_back(buffer);
+  }
+}
+
 // Gives up the calls that `hold` left under way: waits for the streams, looks at nothing.
 void Driver::drop(const Statement& s) {
   held_ = false;

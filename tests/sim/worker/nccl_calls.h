@@ -92,6 +92,9 @@ WORKER_CALL(ncclGroupEnd, (), ())
 WORKER_CALL(ncclRedOpCreatePreMulSum,
             (ncclRedOp_t* op, void* scalar, ncclDataType_t type, ncclScalarResidence_t residence, ncclComm_t comm),
             (op, scalar, type, residence, comm))
+WORKER_CALL(pncclRedOpCreatePreMulSum,
+            (ncclRedOp_t* op, void* scalar, ncclDataType_t type, ncclScalarResidence_t residence, ncclComm_t comm),
+            (op, scalar, type, residence, comm))
 WORKER_CALL(ncclRedOpDestroy, (ncclRedOp_t op, ncclComm_t comm), (op, comm))
 WORKER_CALL(ncclAllReduce,
             (const void* in, void* out, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm,

@@ -195,10 +195,11 @@ float decode(int type, uint64_t bits) {
   return value;
 }
 
-uint64_t encode(int type, float value) {
+uint64_t encode(int type, double value) {
   if (type == ncclFloat32) {
+    float narrow = float(value);
     uint32_t word;
-    std::memcpy(&word, &value, sizeof word);
+    std::memcpy(&word, &narrow, sizeof word);
     return word;
   }
   Format f = format_of(type);
@@ -206,7 +207,7 @@ uint64_t encode(int type, float value) {
   uint64_t top = (uint64_t(1) << f.exponent_bits) - 1;
   if (std::isnan(value)) return f.infinity ? (top << f.mantissa_bits) | 1 : 0x7f;
   int bias = int(top) / 2;
-  double magnitude = std::fabs(double(value));
+  double magnitude = std::fabs(value);
   if (magnitude == 0) return sign;
   int exponent = std::isinf(value) ? 1000 : std::ilogb(magnitude);
   if (exponent < 1 - bias) exponent = 1 - bias;
@@ -305,7 +306,34 @@ Bytes make_input(const Payload& payload, int type, int rank, size_t first, size_
   return out;
 }
 
-Expectation reduce_reference(const Payload& payload, int type, int op, int ranks, size_t first, size_t count) {
+uint64_t factor_of(const Payload& payload, int type, int rank, bool each) {
+  if (each) return (payload.call + uint64_t(rank) * 0x35) & 0xff;
+  // The elements of a payload of its own: those that a call may be asked to move are those that a factor may be.
+  Payload own;
+  own.seed = payload.seed + 0x5ca1e;
+  own.call = payload.call;
+  own.special = payload.special;
+  uint64_t bits = element(own, type, rank, 0);
+  size_t bytes = type_bytes(type);
+  return bytes == 8 ? bits : bits & ((uint64_t(1) << (8 * bytes)) - 1);
+}
+
+// Products of the types up to f32 are exact in double, so rounding them once is rounding the product once.
+uint64_t product(int type, uint64_t a, uint64_t b) {
+  if (!is_float(type)) return a * b;
+  double value = number(type, a) * number(type, b);
+  if (type == ncclFloat64) {
+    uint64_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+  }
+  // NCCL multiplies these in f16.
+  bool narrow = type == ncclFloat8e4m3 || type == ncclFloat8e5m2;
+  return encode(type, narrow ? double(decode(ncclFloat16, encode(ncclFloat16, value))) : value);
+}
+
+Expectation reduce_reference(const Payload& payload, int type, int op, int ranks, size_t first, size_t count,
+                             const std::vector<uint64_t>& factors) {
   size_t bytes = type_bytes(type);
   Expectation expected;
   expected.bits.resize(count * bytes);
@@ -314,7 +342,10 @@ Expectation reduce_reference(const Payload& payload, int type, int op, int ranks
   std::vector<float> narrow(raw.size());
   std::vector<double> wide(raw.size());
   for (size_t i = 0; i < count; ++i) {
-    for (int r = 0; r < ranks; ++r) raw[size_t(r)] = element(payload, type, r, first + i);
+    for (int r = 0; r < ranks; ++r) {
+      raw[size_t(r)] = element(payload, type, r, first + i);
+      if (!factors.empty()) raw[size_t(r)] = product(type, raw[size_t(r)], factors.at(size_t(r)));
+    }
     uint64_t result = 0;
     if (type == ncclFloat64) {
       for (size_t r = 0; r < raw.size(); ++r) wide[r] = number(type, raw[r]);

@@ -54,15 +54,23 @@ Bytes make_input(const Payload& payload, int type, int rank, size_t first, size_
 
 // What the values mean, and back. Only for types of at most 32 bits that are floats.
 float decode(int type, uint64_t bits);
-uint64_t encode(int type, float value);
+uint64_t encode(int type, double value);
 
 struct Expectation {
   Bytes bits;                    // the exact result
   std::vector<double> magnitude;  // sum of absolute values, for the tolerant comparison; empty for exact types
 };
 
+// The factor of a rank in a pre-multiplied sum, in the type's bits: another on every rank, special values among them if the
+// payload has some. `each`: for types of one byte, every byte in turn by the number of the call.
+uint64_t factor_of(const Payload& payload, int type, int rank, bool each);
+// The product as NCCL rounds it.
+uint64_t product(int type, uint64_t a, uint64_t b);
+
 // The reduction over `ranks` ranks of elements [first, first + count): f32 accumulation in rank order, one rounding.
-Expectation reduce_reference(const Payload& payload, int type, int op, int ranks, size_t first, size_t count);
+// With `factors`, one for each rank, every element is multiplied before.
+Expectation reduce_reference(const Payload& payload, int type, int op, int ranks, size_t first, size_t count,
+                             const std::vector<uint64_t>& factors = {});
 
 // Number of wrong elements; `note` describes the first. NaN equals any NaN.
 size_t compare(const Expectation& expected, const uint8_t* got, int type, int op, int ranks, size_t count, int exact,

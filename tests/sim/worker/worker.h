@@ -102,8 +102,11 @@ struct Call {
   Coll coll = Coll::kAllReduce;
   int type = 0;
   int op = 0;
-  bool scaled = false;  // a pre-multiplied sum with factor 2
+  bool scaled = false;  // a pre-multiplied sum, with a factor of this rank's own
   bool on_device = false;  // its factor is read from device memory when it runs
+  bool each_factor = false;  // every byte in turn
+  std::string maker;  // who makes its operation: see make_operation
+  uint64_t factor_call = 0;  // the number that factors are drawn from: with host factors the one it was first issued with
   Buffer factor;
   std::shared_ptr<uint64_t> factor_image;
   int exact = 1;  // as Options::exact
@@ -203,6 +206,7 @@ class Driver {
 
   // hostile.cc
   void raw(const Statement& s);
+  void operations(const Statement& s);
   void drop(const Statement& s);
   ncclComm_t handle_by_name(const Statement& s, Lane& lane);
   bool wait_idle(Lane& lane, long ms);
