@@ -229,7 +229,7 @@ mod tests {
         }
         assert_eq!(counters.totals(), (1, Reason::ALL.len() as u64));
         let text = counters.to_string();
-        assert!(text.starts_with("oneshot 0, twoshot 1, stock 6 empty=1 type=1"), "{text}");
+        assert!(text.starts_with("oneshot 0, twoshot 1, stock 7 empty=1 type=1"), "{text}");
         assert!(text.ends_with("; 3 MiB routed"), "{text}");
     }
 

@@ -51,11 +51,21 @@ pub enum Reason {
     NotReady,
     /// The communicator was declined at set-up.
     Declined,
+    /// The call has a configuration of its own, which speaks of stock NCCL's algorithms.
+    Configured,
 }
 
 impl Reason {
     /// All reasons, in the order of the counters.
-    pub const ALL: [Self; 6] = [Self::Empty, Self::Type, Self::Operation, Self::Size, Self::NotReady, Self::Declined];
+    pub const ALL: [Self; 7] = [
+        Self::Empty,
+        Self::Type,
+        Self::Operation,
+        Self::Size,
+        Self::NotReady,
+        Self::Declined,
+        Self::Configured,
+    ];
 
     /// The word used in log lines and statistics.
     pub fn name(self) -> &'static str {
@@ -66,6 +76,7 @@ impl Reason {
             Self::Size => "size",
             Self::NotReady => "not-ready",
             Self::Declined => "declined",
+            Self::Configured => "configured",
         }
     }
 }

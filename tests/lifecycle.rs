@@ -88,6 +88,35 @@ fn a_call_with_a_configuration_of_its_own_is_stocks_and_may_be_the_first() {
     for outcome in &report.outcomes {
         assert_eq!((routed(outcome), stock_runs(outcome)), (4, 3), "{outcome}");
     }
+    // Counted like the others.
+    for rank in 0..3 {
+        assert_eq!(report.counters(rank), (4, 3), "{}", report.outcomes[rank]);
+    }
+}
+
+#[test]
+fn calls_with_a_configuration_of_their_own_are_counted_by_reason() {
+    let program = "allreduce count=100; allreduce count=100 config=1 reps=2; group_start; allreduce count=50 config=1; \
+                   group_end; capture count=10 config=1; replay n=2; drop_graphs; allreduce count=0 config=1; destroy";
+    let record = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("configured-{}", std::process::id()));
+    let file = |rank: usize| record.with_extension(rank.to_string());
+    let mut job = Job::new(Topology::one_host(2), program);
+    for rank in 0..2 {
+        job = job.rank_env(rank, "TWOSHOT_STATS", file(rank).display());
+    }
+    let report = job.run();
+    report.expect_success().expect_on();
+    for rank in 0..2 {
+        let text = std::fs::read_to_string(file(rank)).expect("what the process counted");
+        let _ = std::fs::remove_file(file(rank));
+        let record: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let ways = record["ended_ways"].as_array().unwrap_or_else(|| panic!("{text}"));
+        let calls = |reason: &str| {
+            let way = ways.iter().find(|way| way["reason"] == reason).unwrap_or_else(|| panic!("no {reason}: {text}"));
+            way["sizes"].as_array().expect("sizes").iter().map(|size| size["calls"].as_u64().unwrap_or(0)).sum::<u64>()
+        };
+        assert_eq!((calls("configured"), calls("empty")), (4, 1), "{text}");
+    }
 }
 
 #[test]

@@ -361,8 +361,24 @@ impl CallConfigCopy {
     }
 }
 
+/// Counts an AllReduce with a configuration of its own, where a plain one would be counted: when it is made.
+fn count_configured(call: &Call, comm: Comm) {
+    if comm.is_null() || transparent() {
+        return;
+    }
+    let Some(communicator) = comm::known(comm as usize) else { return };
+    let reason = match communicator.state() {
+        State::New => Reason::NotReady,
+        State::Ready(ready) if communicator.takes_calls(ready) => {
+            if call.count == 0 { Reason::Empty } else { Reason::Configured }
+        }
+        State::Ready(_) | State::Declined | State::Lost => Reason::Declined,
+    };
+    communicator.counters.stock(reason, call.bytes());
+}
+
 macro_rules! passing_configured {
-    ($($name:ident = $field:ident ( $($arg:ident: $type:ty),* );)*) => {
+    ($($name:ident = $field:ident ( $($arg:ident: $type:ty),* ) $(counted($count:ident, $dtype:ident, $op:ident))?;)*) => {
         $(
             /// # Safety
             /// As for the function of this name in NCCL, which gets what its caller asked: a call with a
@@ -375,6 +391,10 @@ macro_rules! passing_configured {
                         let Some(function) = stock.nccl.$field else { return super::absent(stringify!($name)) };
                         let copy = group::open().then(|| CallConfigCopy::of(config)).flatten();
                         passing(stock, comm, stream, move || {
+                            $(
+                                let (dtype, op) = (DataType($dtype), ReduceOp($op));
+                                count_configured(&Call { count: $count as u64, dtype, op }, comm);
+                            )?
                             let config = copy.as_ref().map_or(config, |copy| copy.0.as_ptr().cast());
                             // SAFETY: the caller's own arguments.
                             unsafe { function($($arg,)* comm, stream, config) }
@@ -399,7 +419,8 @@ macro_rules! passing_configured {
 }
 
 passing_configured! {
-    ncclAllReduceConfig = all_reduce_config(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int, op: c_int);
+    ncclAllReduceConfig = all_reduce_config(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int, op: c_int)
+        counted(count, dtype, op);
     ncclAllGatherConfig = all_gather_config(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int);
     ncclReduceScatterConfig = reduce_scatter_config(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int, op: c_int);
     ncclBroadcastConfig = broadcast_config(send: *const c_void, receive: *mut c_void, count: usize, dtype: c_int, root: c_int);
