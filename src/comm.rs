@@ -1,6 +1,7 @@
 //! The state of one communicator: new, declined, ready or lost; its launches; and the registry by `ncclComm_t`.
 #![forbid(unsafe_code)]
 
+mod deferral;
 mod operations;
 mod ready;
 mod sample;
@@ -23,6 +24,7 @@ use crate::setup::{Binding, Established, Request, establish};
 use crate::stats::Standing;
 use crate::table::Source;
 use crate::{info, tuning, warning};
+use deferral::Deferral;
 use operations::Operations;
 pub use ready::{Buffers, Ready, collect, only_aborted_are_left};
 use sample::Sampler;
@@ -78,6 +80,8 @@ pub struct Communicator {
     pub remains: Remains,
     /// Operations that were made for it.
     pub operations: Operations,
+    /// Its first call, if it does not block its caller.
+    pub deferral: Deferral,
 }
 
 impl Communicator {
@@ -207,8 +211,8 @@ impl Communicator {
         (nccl, bound): (i32, Binding),
     ) -> Result<()> {
         let config = Config::get();
-        let Hints { max_blocks, non_blocking } = self.hints;
-        let request = Request { device, max_blocks, non_blocking, nccl: tuning::band(nccl), bound };
+        let max_blocks = self.hints.max_blocks;
+        let request = Request { device, max_blocks, nccl: tuning::band(nccl), bound };
         let (rank, ranks) = (exchange.rank(), exchange.ranks());
         self.counters.identify(device, rank, ranks);
         nvtx::prepare(config.nvtx.as_deref());
@@ -301,7 +305,7 @@ pub fn find(comm: usize) -> Arc<Communicator> {
     insert(comm, hints, false)
 }
 
-/// What was asked of communicators whose address is not known yet: NCCL fills in the result of a split or a shrink when
+/// The limit of blocks asked of communicators whose address is not known yet: NCCL fills in the result of a split or a shrink when
 /// it is complete, which may be long after the call. It holds for every communicator that is first seen at a call; the
 /// ranks vote, so what one rank assumes is common.
 static UNSEEN: Mutex<Hints> = Mutex::new(Hints { max_blocks: None, non_blocking: false });
@@ -309,7 +313,7 @@ static UNSEEN: Mutex<Hints> = Mutex::new(Hints { max_blocks: None, non_blocking:
 /// Remembers what was asked of a communicator that will be seen later.
 pub fn expected(hints: Hints) {
     let mut unseen = UNSEEN.lock();
-    unseen.non_blocking |= hints.non_blocking;
+    // Whether it blocks is no matter for a vote: a program that expects it to block must not be told to come back.
     let limits = [unseen.max_blocks, hints.max_blocks];
     unseen.max_blocks = limits.into_iter().flatten().min();
 }
@@ -385,7 +389,7 @@ mod tests {
         expected(Hints { non_blocking: true, ..Hints::default() });
         expected(Hints { max_blocks: Some(4), ..Hints::default() });
         let hints = find(32).hints();
-        assert!(hints.non_blocking && hints.max_blocks == Some(4));
+        assert!(!hints.non_blocking && hints.max_blocks == Some(4));
         assert!(!find(16).hints().non_blocking, "what is known stays");
         created(48, Hints::default());
         assert!(!find(48).hints().non_blocking, "what was seen is taken as it is");

@@ -40,7 +40,6 @@ declines! {
     ConfigDiffers = 4, "config-differs", "this rank's TWOSHOT_* limits differ from rank 0's; set the same values on all ranks";
     VersionDiffers = 5, "version-differs", "this rank runs another version of twoshot than rank 0";
     OneRank = 6, "one-rank", "nothing to reduce in a communicator of one rank";
-    NonBlocking = 7, "non-blocking", "non-blocking communicators stay with stock NCCL";
     Probe = 8, "probe", "this rank's device or driver could not be examined";
     Architecture = 9, "architecture", "kernels exist for compute capability 9.0 and newer";
     NoVirtualMemory = 10, "no-virtual-memory", "this rank's driver cannot share memory through the virtual memory management API";

@@ -57,15 +57,8 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, in the order of the counters.
-    pub const ALL: [Self; 7] = [
-        Self::Empty,
-        Self::Type,
-        Self::Operation,
-        Self::Size,
-        Self::NotReady,
-        Self::Declined,
-        Self::Configured,
-    ];
+    pub const ALL: [Self; 7] =
+        [Self::Empty, Self::Type, Self::Operation, Self::Size, Self::NotReady, Self::Declined, Self::Configured];
 
     /// The word used in log lines and statistics.
     pub fn name(self) -> &'static str {

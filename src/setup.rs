@@ -71,8 +71,6 @@ pub struct Request {
     pub device: i32,
     /// The user's limit on blocks (`maxCTAs`), if any.
     pub max_blocks: Option<u32>,
-    /// The communicator does not block its caller.
-    pub non_blocking: bool,
     /// Minor release of stock NCCL.
     pub nccl: u32,
     /// What of the program's calls leads to us.

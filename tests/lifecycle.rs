@@ -181,27 +181,6 @@ fn overlapping_communicators_and_twins_used_in_random_order_do_not_mix_up() {
 }
 
 #[test]
-fn a_non_blocking_communicator_stays_with_stock_and_so_do_its_children() {
-    let program =
-        "init blocking=0; allreduce count=100 reps=3; split color=0; allreduce count=100 reps=2; destroy; destroy";
-    for door in [Door::Plugin, Door::Preload] {
-        let job = Job::new(Topology::one_host(2), program).door(door).env("SIM_NCCL_INPROGRESS_MS", 300);
-        let report = job.run();
-        report.expect_success().expect_nothing_live();
-        for (rank, outcome) in report.outcomes.iter().enumerate() {
-            let lines = report.lines(rank);
-            let off: Vec<_> = lines.iter().filter(|line| line.contains(": OFF,")).collect();
-            // The first communicator of a process is made before the plugin door opens, so nothing is known of it.
-            assert!(off.iter().all(|line| line.contains("non-blocking")), "{outcome}");
-            if door == Door::Preload {
-                assert_eq!(off.len(), 2, "{outcome}");
-                assert_eq!(routed(outcome), 0, "{outcome}");
-            }
-        }
-    }
-}
-
-#[test]
 fn a_split_that_yields_nothing_leaves_no_trace() {
     // The first communicator is made before the plugin door opens, so it is first seen at its first call.
     let program = "init; split color=0 none=all max_ctas=1; destroy; allreduce count=20000 path=routed; destroy";
@@ -210,14 +189,6 @@ fn a_split_that_yields_nothing_leaves_no_trace() {
     for rank in 0..2 {
         assert!(report.lines(rank).iter().any(|line| line.contains(": ON,") && line.contains("blocks 4,")));
     }
-}
-
-#[test]
-fn made_inside_a_group_a_non_blocking_communicator_is_known_as_such() {
-    let program = "group_start; init blocking=0 wait=0; expect_error code=7; group_end; async_error expect=0 within=5000; \
-        allreduce count=100; destroy";
-    let report = Job::new(Topology::one_host(2), program).door(Door::Preload).run();
-    report.expect_off("non-blocking").expect_nothing_live();
 }
 
 #[test]

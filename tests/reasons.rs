@@ -42,7 +42,6 @@ fn provoke(reason: Decline) -> Option<(Job, u32, i32)> {
         // Its one rank has nobody to vote with and no payload to reduce: it is declined without a word.
         Decline::OneRank => return None,
         // The plugin is loaded by the first communicator, whose configuration it cannot have seen.
-        Decline::NonBlocking => (two().door(Door::Preload).args(&["--blocking", "0"]), 0, 0),
         Decline::Probe => (fault("rank=1,call=cuDeviceGetUuid_v2,nth=1,code=999"), 1, 999),
         Decline::Architecture => (job(Topology::one_host(2).gpus("cc=8.0")), 0, 0),
         Decline::NoVirtualMemory => (job(Topology::one_host(2).gpu(0, 1, "fd-handle=0")), 1, 0),

@@ -5,6 +5,7 @@ use std::ffi::{CStr, c_int, c_void};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::deferred::{self, First, defers, refused};
 use super::exchange::{StockExchange, retain};
 use super::order::behind_earlier_stock;
 use super::{Code, code, group, guard, inside, record_at_exit, result_of, stock, transparent, watch_forks};
@@ -89,6 +90,38 @@ impl Drop for Settled<'_> {
     }
 }
 
+/// Sets up several at once, each on a thread of its own: one thread may drive all ranks, none of which can be set up alone,
+/// and this one may have a group open. The first code that is no success counts.
+pub(super) fn set_up_all(stock: &'static Stock, firsts: &[First]) -> Code {
+    let mut result = code::SUCCESS;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = firsts
+            .iter()
+            .map(|First { communicator, comm, stream }| {
+                let (comm, stream) = (*comm as usize, *stream);
+                let work = || move || set_up(stock, communicator, comm as Comm, stream);
+                // Peers are in set-up already, or will be: a rank that stays away is lost to them.
+                let thread = thread::start(scope, "twoshot-group", work);
+                if let Err(error) = &thread {
+                    warning!(-1, "a thread for the set-up of a communicator could not be started: {error}");
+                    communicator.settle();
+                }
+                thread
+            })
+            .collect();
+        for thread in threads {
+            let outcome = match thread {
+                Ok(thread) => thread.join().unwrap_or(Err(code::INTERNAL)),
+                Err(_) => Err(code::SYSTEM),
+            };
+            if let (code::SUCCESS, Err(failed)) = (result, outcome) {
+                result = failed;
+            }
+        }
+    });
+    result
+}
+
 /// What every other collective does before it goes to stock.
 fn passing(stock: &'static Stock, comm: Comm, stream: Stream, call: impl FnOnce() -> Code + 'static) -> Code {
     if comm.is_null() || transparent() {
@@ -98,6 +131,14 @@ fn passing(stock: &'static Stock, comm: Comm, stream: Stream, call: impl FnOnce(
     let queue = RawStream(stream as usize);
     if group::open() {
         return group::pass(stock, &communicator, (comm, queue), true, call);
+    }
+    if let Some(refused) = refused(&communicator) {
+        return refused;
+    }
+    if defers(&communicator, queue) && communicator.deferral.begin() {
+        let own = Arc::clone(&communicator);
+        let calls = Box::new(move || in_order(&own, queue, call));
+        return deferred::start(stock, vec![First { communicator, comm, stream: queue }], calls);
     }
     match set_up(stock, &communicator, comm, queue) {
         Ok(()) => in_order(&communicator, queue, call),
@@ -111,7 +152,7 @@ pub(super) fn in_order(communicator: &Communicator, stream: RawStream, call: imp
         return failed;
     }
     let result = call();
-    match behind_stock(communicator, stream) {
+    match behind_stock(communicator, stream, result == code::IN_PROGRESS) {
         Err(failed) if result == code::SUCCESS => failed,
         _ => result,
     }
@@ -125,10 +166,10 @@ pub(super) fn before_stock(communicator: &Communicator, stream: RawStream) -> Re
     }
 }
 
-/// Behind it.
-pub(super) fn behind_stock(communicator: &Communicator, stream: RawStream) -> Result<(), Code> {
+/// Behind it. `late`: stock NCCL queues it in its own time.
+pub(super) fn behind_stock(communicator: &Communicator, stream: RawStream, late: bool) -> Result<(), Code> {
     match communicator.state() {
-        State::Ready(ready) => ready.behind_stock(stream).map_err(|error| failed(&error)),
+        State::Ready(ready) => ready.behind_stock(stream, late).map_err(|error| failed(&error)),
         _ => Ok(()),
     }
 }
@@ -234,20 +275,33 @@ fn all_reduce(a: Arguments) -> Code {
     if group::open() {
         return group::all_reduce(stock, communicator, a);
     }
-    if let Err(code) = set_up(stock, &communicator, a.comm, RawStream(a.stream as usize)) {
-        return code;
+    if let Some(refused) = refused(&communicator) {
+        return refused;
     }
-    match (place(&communicator, &a), communicator.state()) {
-        (Placement::Routed(plan), State::Ready(ready)) => {
-            match behind_earlier_stock(stock, &communicator, a.comm, RawStream(a.stream as usize)) {
-                Ok(()) => launch(&communicator, ready, plan, &a),
-                Err(code) => code,
-            }
-        }
+    let stream = RawStream(a.stream as usize);
+    if defers(&communicator, stream) && communicator.deferral.begin() {
+        let own = Arc::clone(&communicator);
+        let calls = Box::new(move || make(stock, &own, a));
+        return deferred::start(stock, vec![First { communicator, comm: a.comm, stream }], calls);
+    }
+    match set_up(stock, &communicator, a.comm, stream) {
+        Ok(()) => make(stock, &communicator, a),
+        Err(code) => code,
+    }
+}
+
+/// Makes one call that no group holds back.
+fn make(stock: &Stock, communicator: &Arc<Communicator>, a: Arguments) -> Code {
+    let stream = RawStream(a.stream as usize);
+    match (place(communicator, &a), communicator.state()) {
+        (Placement::Routed(plan), State::Ready(ready)) => match behind_earlier_stock(stock, communicator, a.comm, stream) {
+            Ok(()) => launch(communicator, ready, plan, &a),
+            Err(code) => code,
+        },
         (Placement::Routed(_), _) => failed(&lost()),
         (Placement::Stock(reason), _) => {
-            let (way, stream) = ((row_of_stock(reason), a.call().bytes()), RawStream(a.stream as usize));
-            in_order(&communicator, stream, || communicator.timed(way, stream, || a.to_stock(stock)))
+            let way = (row_of_stock(reason), a.call().bytes());
+            in_order(communicator, stream, || communicator.timed(way, stream, || a.to_stock(stock)))
         }
         (Placement::Failed(code), _) => code,
     }
@@ -370,7 +424,11 @@ fn count_configured(call: &Call, comm: Comm) {
     let reason = match communicator.state() {
         State::New => Reason::NotReady,
         State::Ready(ready) if communicator.takes_calls(ready) => {
-            if call.count == 0 { Reason::Empty } else { Reason::Configured }
+            if call.count == 0 {
+                Reason::Empty
+            } else {
+                Reason::Configured
+            }
         }
         State::Ready(_) | State::Declined | State::Lost => Reason::Declined,
     };
@@ -389,7 +447,8 @@ macro_rules! passing_configured {
                 guard(|| match stock() {
                     Ok(stock) => {
                         let Some(function) = stock.nccl.$field else { return super::absent(stringify!($name)) };
-                        let copy = group::open().then(|| CallConfigCopy::of(config)).flatten();
+                        // A call of a group may be made at its end, the first of a non-blocking communicator later.
+                        let copy = CallConfigCopy::of(config);
                         passing(stock, comm, stream, move || {
                             $(
                                 let (dtype, op) = (DataType($dtype), ReduceOp($op));

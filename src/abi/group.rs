@@ -9,21 +9,25 @@
 //! **Set-up.** Where a communicator is new, its calls are held back: its first collective may come in this group.
 //! At the end of the group every such communicator is set up, each on a thread of its own: a program whose one thread
 //! drives all GPUs has all ranks in the group, and none of them can be set up alone. On those threads no group is open,
-//! so the exchange through stock NCCL runs at once. Then the held calls are made.
+//! so the exchange through stock NCCL runs at once. Then the held calls are made. Those of non-blocking communicators are
+//! made on another thread, in a group of their own (`deferred.rs`).
 
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, c_int, c_void};
 use std::sync::Arc;
 
-use super::collectives::{Arguments, Placement, before_stock, behind_stock, fault_or_launch, in_order, place, set_up};
+use super::collectives::{
+    Arguments, Placement, before_stock, behind_stock, fault_or_launch, in_order, place, set_up_all,
+};
+use super::deferred::{self, First, defers, refused};
 use super::operations::destroy_now;
 use super::order::behind_earlier_stock_in_group;
-use super::{Code, absent, code, guard, inside, stock, thread, transparent};
+use super::{Code, absent, code, guard, inside, stock, transparent};
+use crate::call::ReduceOp;
 use crate::comm::{Communicator, State};
 use crate::driver::{RawStream, capturing};
 use crate::intercept::{Comm, Functions, Stock};
 use crate::route::Plan;
-use crate::warning;
 
 /// A routed call that waits for the end of the group.
 struct Routed {
@@ -40,6 +44,8 @@ struct Held {
     /// Stock NCCL had nothing of this group before it.
     early: bool,
     collective: bool,
+    /// It is made on a thread of its own: its communicator does not block.
+    defers: bool,
     call: Box<dyn FnOnce() -> Code>,
 }
 
@@ -67,6 +73,8 @@ struct Group {
     touched: Vec<Touched>,
     /// Stock NCCL refused a call: it will run none of this group.
     refused: bool,
+    /// What a call was refused with here.
+    error: Option<Code>,
 }
 
 impl Group {
@@ -83,6 +91,8 @@ impl Group {
 thread_local! {
     /// Open groups of this thread.
     static DEPTH: Cell<u32> = const { Cell::new(0) };
+    /// This thread makes the calls that were held for non-blocking communicators.
+    static OWN: Cell<bool> = const { Cell::new(false) };
     static GROUP: RefCell<Group> = RefCell::new(Group::default());
 }
 
@@ -117,7 +127,8 @@ fn hold(
     let communicator = Arc::clone(communicator);
     with((), |group| {
         let early = !group.has_collective(None);
-        group.held.push(Held { communicator, comm, stream, early, collective, call });
+        let defers = defers(&communicator, stream);
+        group.held.push(Held { communicator, comm, stream, early, collective, defers, call });
     });
     code::SUCCESS
 }
@@ -147,6 +158,17 @@ fn forward(
     result
 }
 
+/// A call on a communicator whose first call is under way: refused, and the group with it.
+fn refuse(communicator: &Communicator) -> Option<Code> {
+    // The thread of a first call makes it.
+    if OWN.try_with(Cell::get).unwrap_or(false) {
+        return None;
+    }
+    let refused = refused(communicator)?;
+    with((), |group| (group.refused, group.error) = (true, Some(refused)));
+    Some(refused)
+}
+
 /// A call inside a group that is stock NCCL's whatever happens.
 pub(super) fn pass(
     stock: &'static Stock,
@@ -155,6 +177,9 @@ pub(super) fn pass(
     collective: bool,
     call: impl FnOnce() -> Code + 'static,
 ) -> Code {
+    if let Some(refused) = refuse(communicator) {
+        return refused;
+    }
     if waits(communicator, comm, stream) {
         let own = Arc::clone(communicator);
         let call = Box::new(move || forward(stock, &own, (comm, stream), collective, call));
@@ -166,6 +191,9 @@ pub(super) fn pass(
 /// An AllReduce inside a group.
 pub(super) fn all_reduce(stock: &'static Stock, communicator: Arc<Communicator>, arguments: Arguments) -> Code {
     let stream = RawStream(arguments.stream as usize);
+    if let Some(refused) = refuse(&communicator) {
+        return refused;
+    }
     if waits(&communicator, arguments.comm, stream) {
         let own = Arc::clone(&communicator);
         let call = Box::new(move || queue(stock, own, arguments));
@@ -202,44 +230,53 @@ fn queue(stock: &Stock, communicator: Arc<Communicator>, arguments: Arguments) -
     }
 }
 
-/// Sets up the communicators that calls are held for. The first code that is no success is the group's.
-fn set_up_held(stock: &'static Stock, held: &[Held]) -> Code {
-    let mut firsts: Vec<&Held> = Vec::new();
-    for one in held.iter().filter(|one| one.collective) {
-        if !firsts.iter().any(|first| first.comm == one.comm) {
-            firsts.push(one);
+/// The communicators that collectives are held for.
+fn firsts(held: &[Held]) -> Vec<First> {
+    let mut firsts: Vec<First> = Vec::new();
+    for Held { communicator, comm, stream, .. } in held.iter().filter(|held| held.collective) {
+        if !firsts.iter().any(|first| first.comm == *comm) {
+            firsts.push(First { communicator: Arc::clone(communicator), comm: *comm, stream: *stream });
         }
     }
+    firsts
+}
+
+/// Makes held calls. The first code that is no success is the group's.
+fn make_held(held: Vec<Held>) -> Code {
     let mut result = code::SUCCESS;
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = firsts
-            .iter()
-            .map(|first| {
-                let (communicator, comm, stream) = (Arc::clone(&first.communicator), first.comm as usize, first.stream);
-                let work = || {
-                    let communicator = Arc::clone(&communicator);
-                    move || set_up(stock, &communicator, comm as Comm, stream)
-                };
-                // Peers are in set-up already, or will be: a rank that stays away is lost to them.
-                let thread = thread::start(scope, "twoshot-group", work);
-                if let Err(error) = &thread {
-                    warning!(-1, "a thread for the set-up of a communicator could not be started: {error}");
-                    first.communicator.settle();
-                }
-                thread
-            })
-            .collect();
-        for thread in threads {
-            let outcome = match thread {
-                Ok(thread) => thread.join().unwrap_or(Err(code::INTERNAL)),
-                Err(_) => Err(code::SYSTEM),
-            };
-            if let (code::SUCCESS, Err(failed)) = (result, outcome) {
-                result = failed;
-            }
+    for one in held {
+        with((), |group| group.early = one.early);
+        let made = (one.call)();
+        if result == code::SUCCESS && made != code::IN_PROGRESS {
+            result = made;
         }
-    });
+    }
     result
+}
+
+/// Lets the calls that are held for non-blocking communicators be made later, in a group of their own.
+fn defer(stock: &'static Stock, held: Vec<Held>, operations: &[(c_int, Comm)]) -> Code {
+    let firsts = firsts(&held);
+    for First { communicator, comm, .. } in &firsts {
+        communicator.deferral.begin();
+        for (op, _) in operations.iter().filter(|(_, of)| of == comm) {
+            communicator.deferral.lay_aside(ReduceOp(*op));
+        }
+    }
+    let calls = move || {
+        // SAFETY: takes nothing.
+        let started = unsafe { (stock.nccl.group_start)() };
+        if started != code::SUCCESS {
+            return started;
+        }
+        let _ = DEPTH.try_with(|depth| depth.set(1));
+        let _ = OWN.try_with(|own| own.set(true));
+        let made = make_held(held);
+        let ended = end(stock);
+        let _ = OWN.try_with(|own| own.set(false));
+        if made == code::SUCCESS { ended } else { made }
+    };
+    deferred::start(stock, firsts, Box::new(calls))
 }
 
 fn launch(routed: &mut Vec<Routed>, result: &mut Code) {
@@ -253,28 +290,46 @@ fn launch(routed: &mut Vec<Routed>, result: &mut Code) {
 
 /// The outermost end of a group.
 fn end(stock: &'static Stock) -> Code {
-    let mut ours = code::SUCCESS;
+    let mut ours = with(None, |group| group.error).unwrap_or(code::SUCCESS);
     let held = with(Vec::new(), |group| std::mem::take(&mut group.held));
+    let mut later = None;
     if !held.is_empty() {
-        ours = set_up_held(stock, &held);
-        for one in held {
-            with((), |group| group.early = one.early);
-            let result = (one.call)();
-            if ours == code::SUCCESS && result != code::IN_PROGRESS {
-                ours = result;
+        let operations = with(Vec::new(), |group| std::mem::take(&mut group.operations));
+        let later_on: Vec<Comm> =
+            held.iter().filter(|held| held.collective && held.defers).map(|held| held.comm).collect();
+        let (deferring, now): (Vec<_>, Vec<_>) = held.into_iter().partition(|held| later_on.contains(&held.comm));
+        if !now.is_empty() {
+            let ready = set_up_all(stock, &firsts(&now));
+            let made = make_held(now);
+            for result in [ready, made] {
+                ours = if ours == code::SUCCESS { result } else { ours };
             }
         }
-        for (op, comm) in with(Vec::new(), |group| std::mem::take(&mut group.operations)) {
+        let (after, now): (Vec<_>, Vec<_>) =
+            operations.into_iter().partition(|(_, comm)| deferring.iter().any(|held| held.comm == *comm));
+        for (op, comm) in now {
             destroy_now(stock, op, comm);
         }
+        later = Some((deferring, after));
     }
     let mut group = with(Group::default(), std::mem::take);
+    // On their own thread these are under way before anything here may wait.
+    let mut deferred = false;
+    if let Some((held, operations)) = later {
+        if held.is_empty() || group.refused {
+            for (op, comm) in operations {
+                destroy_now(stock, op, comm);
+            }
+        } else {
+            deferred = defer(stock, held, &operations) == code::IN_PROGRESS;
+        }
+    }
     let result = run(stock, &mut group, ours);
     // Its memory serves the next group.
     group.touched.clear();
-    (group.early, group.refused) = (false, false);
+    (group.early, group.refused, group.error) = (false, false, None);
     with((), |idle| *idle = group);
-    result
+    if deferred && result == code::SUCCESS { code::IN_PROGRESS } else { result }
 }
 
 /// What the group has: ours, stock NCCL's, and ours behind it.
@@ -298,8 +353,9 @@ fn run(stock: &'static Stock, group: &mut Group, mut ours: Code) -> Code {
         behind.clear();
         return result;
     }
+    let late = result == code::IN_PROGRESS;
     for Touched { communicator, stream, .. } in touched.iter() {
-        if let (code::SUCCESS, Err(failed)) = (ours, behind_stock(communicator, *stream)) {
+        if let (code::SUCCESS, Err(failed)) = (ours, behind_stock(communicator, *stream, late)) {
             ours = failed;
         }
     }
@@ -415,6 +471,7 @@ macro_rules! point_to_point {
                             return pass(stock, &crate::comm::find(comm as usize), (comm, stream), false, call);
                         }
                         match crate::comm::known(comm as usize) {
+                            Some(communicator) if refused(&communicator).is_some() => code::ARGUMENT,
                             Some(communicator) => in_order(&communicator, stream, call),
                             None => call(),
                         }

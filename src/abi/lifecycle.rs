@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::collectives::fault_code;
+use super::deferred::{refused, refused_by_handle};
 use super::{Code, absent, code, group, guard, inside, stock, transparent};
 use crate::comm::{self, Communicator, Hints, State};
 use crate::config::Config as Settings;
@@ -65,6 +66,10 @@ fn make(config: Config, parent: Option<Comm>, made: *mut Comm, call: impl FnOnce
             Err(code) => return code,
         };
         let transparent = transparent();
+        // A parent that is being aborted has been told so already.
+        if let Some(refused) = parent.and_then(refused_by_handle) {
+            return refused;
+        }
         if !transparent {
             comm::collect();
         }
@@ -224,6 +229,9 @@ pub unsafe extern "C" fn ncclCommFinalize(comm: Comm) -> Code {
             if let Some(communicator) =
                 (!comm.is_null() && !transparent()).then(|| comm::known(comm as usize)).flatten()
             {
+                if let Some(refused) = refused(&communicator) {
+                    return refused;
+                }
                 communicator.finalize();
             }
             // Nothing of ours is flushed here: a routed call is done when its stream says so.
@@ -241,6 +249,9 @@ fn suspend(comm: Comm, suspended: bool, name: &'static str, call: impl FnOnce(&F
             Ok(stock) => stock,
             Err(code) => return code,
         };
+        if let Some(refused) = refused_by_handle(comm) {
+            return refused;
+        }
         let Some(result) = inside(call, stock) else { return absent(name) };
         if result == code::SUCCESS
             && !transparent()
@@ -281,6 +292,9 @@ pub unsafe extern "C" fn ncclCommDestroy(comm: Comm) -> Code {
             Ok(stock) => stock,
             Err(code) => return code,
         };
+        if let Some(refused) = refused_by_handle(comm) {
+            return refused;
+        }
         if !comm.is_null() && !transparent() {
             comm::collect();
             if let Some(communicator) = comm::remove(comm as usize) {
@@ -327,7 +341,7 @@ pub unsafe extern "C" fn ncclCommAbort(comm: Comm) -> Code {
 /// abort reaches it.
 fn leave_set_up(communicator: &Communicator) {
     let start = Instant::now();
-    while communicator.setting_up() && start.elapsed() < SETUP_PATIENCE {
+    while (communicator.setting_up() || communicator.deferral.running()) && start.elapsed() < SETUP_PATIENCE {
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -336,6 +350,9 @@ fn leave_set_up(communicator: &Communicator) {
 fn set_abort_word(comm: Comm) {
     if let Some(communicator) = comm::known(comm as usize) {
         communicator.cancel();
+        if communicator.deferral.running() {
+            leave_set_up(&communicator);
+        }
     }
 }
 
@@ -366,6 +383,16 @@ pub unsafe extern "C" fn ncclCommGetAsyncError(comm: Comm, error: *mut Code) -> 
             Ok(stock) => stock,
             Err(code) => return code,
         };
+        // What stock NCCL says meanwhile is about our own exchange.
+        if !comm.is_null()
+            && !error.is_null()
+            && !transparent()
+            && comm::known(comm as usize).is_some_and(|communicator| communicator.deferral.running())
+        {
+            // SAFETY: the caller's out-pointer.
+            unsafe { *error = code::IN_PROGRESS };
+            return code::SUCCESS;
+        }
         // SAFETY: the caller's own arguments.
         let result = unsafe { (stock.nccl.comm_get_async_error)(comm, error) };
         if result != code::SUCCESS || error.is_null() || transparent() {
@@ -380,7 +407,7 @@ pub unsafe extern "C" fn ncclCommGetAsyncError(comm: Comm, error: *mut Code) -> 
                 State::Lost => Some(code::REMOTE),
                 State::New | State::Declined => None,
             };
-            if let Some(ours) = ours {
+            if let Some(ours) = ours.or(communicator.deferral.error()) {
                 // SAFETY: as above.
                 unsafe { *error = ours };
             }

@@ -3,6 +3,7 @@
 mod binding;
 mod collectives;
 mod collnet;
+mod deferred;
 mod exchange;
 mod group;
 mod lifecycle;

@@ -6,6 +6,7 @@
 
 use std::ffi::{CStr, c_int, c_void};
 
+use super::deferred::refused_by_handle;
 use super::{Code, code, group, guard, stock, transparent};
 use crate::call::{DataType, Factor, ReduceOp};
 use crate::comm;
@@ -40,6 +41,9 @@ fn create(op: *mut c_int, scalar: *mut c_void, dtype: c_int, residence: c_int, c
             Ok(stock) => stock,
             Err(code) => return code,
         };
+        if let Some(refused) = refused_by_handle(comm) {
+            return refused;
+        }
         // SAFETY: the caller's own arguments.
         let result = unsafe { (stock.nccl.red_op_create_pre_mul_sum)(op, scalar, dtype, residence, comm) };
         if result != code::SUCCESS || comm.is_null() || op.is_null() || scalar.is_null() || transparent() {
@@ -67,9 +71,15 @@ pub(super) fn destroy_now(stock: &Stock, op: c_int, comm: Comm) -> Code {
     unsafe { (stock.nccl.red_op_destroy)(op, comm) }
 }
 
+/// Whether a first call that is under way may need it.
+fn laid_aside(op: c_int, comm: Comm) -> bool {
+    let ours = (!comm.is_null() && !transparent()).then(|| comm::known(comm as usize)).flatten();
+    ours.is_some_and(|communicator| communicator.deferral.lay_aside(ReduceOp(op)))
+}
+
 fn destroy(op: c_int, comm: Comm) -> Code {
     guard(|| match stock() {
-        Ok(_) if group::destroys_later(op, comm) => code::SUCCESS,
+        Ok(_) if group::destroys_later(op, comm) || laid_aside(op, comm) => code::SUCCESS,
         Ok(stock) => destroy_now(stock, op, comm),
         Err(code) => code,
     })

@@ -9,7 +9,7 @@ use crate::config::Config;
 
 /// Stock NCCL connects peers at a communicator's first collective, on the caller's thread: it expects as much stack as
 /// the main thread of a program commonly has.
-const STACK: usize = 8 << 20;
+pub(super) const STACK: usize = 8 << 20;
 
 /// Starts a thread for `work()`. One that cannot be had is asked for again, as long as a step of set-up may take.
 pub(super) fn start<'scope, T: Send + 'scope, W: FnOnce() -> T + Send + 'scope>(

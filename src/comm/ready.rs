@@ -49,6 +49,8 @@ struct Captured {
     id: u64,
     stream: RawStream,
     node: Option<usize>,
+    /// Stock NCCL captures it in its own time: its node is asked for when it is needed.
+    late: bool,
 }
 
 /// A stream that work was queued on. A handle can come again for another stream once its own is destroyed, with work of
@@ -96,10 +98,12 @@ struct Order {
 
 impl Order {
     /// The node of the last operation in this capture, where it is not on this stream.
-    fn node_elsewhere(&self, capture: &Capture, stream: RawStream) -> Option<usize> {
+    fn node_elsewhere(&self, context: &Context, capture: &Capture, stream: RawStream) -> Option<usize> {
         let last = self.captured.filter(|last| last.id == capture.id)?;
-        let elsewhere = last.stream != stream || (stream == RawStream::PER_THREAD && last.node != capture.node);
-        last.node.filter(|_| elsewhere)
+        let late = || capture_of(context, last.stream).filter(|now| now.id == last.id)?.node;
+        let node = if last.late { late() } else { last.node };
+        let elsewhere = last.stream != stream || (stream == RawStream::PER_THREAD && node != capture.node);
+        node.filter(|_| elsewhere)
     }
 }
 
@@ -251,7 +255,7 @@ impl Ready {
             // Recorded now, not when the stream changes: by then the caller may have destroyed this one.
             return self.last.record(stream);
         };
-        if let Some(node) = order.node_elsewhere(&capture, stream) {
+        if let Some(node) = order.node_elsewhere(&self.context, &capture, stream) {
             order_behind(&self.context, stream, node)?;
             // Programmatic edges exist between two kernels only; this one now has two predecessors.
             overlap.first = false;
@@ -263,7 +267,7 @@ impl Ready {
         }
         self.queue(plan, share, overlap, buffers)?;
         let node = capture_of(&self.context, stream).and_then(|capture| capture.node);
-        order.captured = Some(Captured { id: capture.id, stream, node });
+        order.captured = Some(Captured { id: capture.id, stream, node, late: false });
         Ok(())
     }
 
@@ -308,7 +312,7 @@ impl Ready {
     pub fn before_stock(&self, stream: RawStream) -> Result<()> {
         let mut order = self.order.lock();
         if let Some(capture) = capture_of(&self.context, stream) {
-            let Some(node) = order.node_elsewhere(&capture, stream) else { return Ok(()) };
+            let Some(node) = order.node_elsewhere(&self.context, &capture, stream) else { return Ok(()) };
             let _entered = self.context.enter()?;
             return order_behind(&self.context, stream, node);
         }
@@ -344,15 +348,17 @@ impl Ready {
     }
 
     /// Behind it: ours that are issued later run behind it. An event marks it only where streams have changed before.
-    pub fn behind_stock(&self, stream: RawStream) -> Result<()> {
+    /// `late`: stock NCCL queues it in its own time, so that it cannot be marked here.
+    pub fn behind_stock(&self, stream: RawStream, late: bool) -> Result<()> {
         let mut order = self.order.lock();
         if let Some(capture) = capture_of(&self.context, stream) {
-            order.captured = Some(Captured { id: capture.id, stream, node: capture.node });
+            let node = if late { None } else { capture.node };
+            order.captured = Some(Captured { id: capture.id, stream, node, late });
             return Ok(());
         }
         order.eager = Some(Lane::of(&self.context, stream));
         // The per-thread stream is another one on every thread: it can only be marked here.
-        let unmarked = !order.several && stream != RawStream::PER_THREAD;
+        let unmarked = (late || !order.several) && stream != RawStream::PER_THREAD;
         self.unmarked.store(unmarked, Ordering::Relaxed);
         if unmarked {
             return Ok(());

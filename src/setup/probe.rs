@@ -86,8 +86,6 @@ pub fn facts(
         Some(Decline::Disabled)
     } else if config.forbidden.is_some() {
         Some(Decline::Forbidden)
-    } else if request.non_blocking {
-        Some(Decline::NonBlocking)
     } else if request.bound.incomplete {
         Some(Decline::BindingIncomplete)
     } else if ranks < 2 {

@@ -234,8 +234,10 @@ void wait_idle(Comm& comm) {
 
 void fail(Comm& comm, ncclResult_t error) {
   if (error == ncclSuccess || comm.stop || comm.revoked) return;
-  int expected = ncclSuccess;
-  if (!comm.state.compare_exchange_strong(expected, error)) return;
+  int before = comm.state;
+  do {
+    if (before != ncclSuccess && before != ncclInProgress) return;
+  } while (!comm.state.compare_exchange_weak(before, error));
   SIM_WARN("comm %p rank %d: asynchronous error %d", static_cast<void*>(comm.handle()), comm.rank, error);
 }
 

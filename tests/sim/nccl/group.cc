@@ -2,6 +2,7 @@
 // of a stream and the current context, which threads of a group inherit.
 #include "group.h"
 
+#include <atomic>
 #include <chrono>
 #include <system_error>
 #include <thread>
@@ -46,7 +47,11 @@ void retire(Comm& comm) {
 // These only hand something over.
 bool sends(const Op& op) { return op.call == Call::kSend || op.call == Call::kSignal; }
 
-bool usable(const Comm& comm) { return !comm.stop && !comm.revoked && comm.state == ncclSuccess; }
+// An operation may run while the next one of its group is still being launched.
+bool usable(const Comm& comm) {
+  int state = comm.state;
+  return !comm.stop && !comm.revoked && (state == ncclSuccess || state == ncclInProgress);
+}
 
 void run_ops(Batch& batch) {
   Comm& comm = *batch.comm;
@@ -156,6 +161,35 @@ ncclResult_t run_inits(std::vector<InitJob>& inits, bool* in_progress) {
   return ncclSuccess;
 }
 
+// The launches of communicators that do not block: on a thread of its own, in its own time, and until that is over they
+// are in progress. In a capture at once: the program goes on to end it.
+void launch_later(std::vector<std::unique_ptr<Batch>> batches) {
+  static std::atomic<uint64_t> launches{0};
+  auto shared = std::make_shared<std::vector<std::unique_ptr<Batch>>>(std::move(batches));
+  for (auto& batch : *shared) batch->comm->state = ncclInProgress;
+  std::vector<CommPtr> comms;
+  for (auto& batch : *shared) comms.push_back(batch->comm);
+  uint64_t number = ++launches;
+  spawn([shared, comms, number] {
+    // Sometimes the caller is faster, sometimes this is.
+    std::this_thread::sleep_for(std::chrono::microseconds(number * 0x9e3779b97f4a7c15ull >> 53));
+    for (auto& batch : *shared) {
+      CommPtr comm = batch->comm;
+      ncclResult_t error = launch(std::move(batch));
+      if (error != ncclSuccess) comm->state = error;
+    }
+    for (const CommPtr& comm : comms) {
+      int expected = ncclInProgress;
+      comm->state.compare_exchange_strong(expected, ncclSuccess);
+    }
+  }).detach();
+}
+
+bool captures(cudaStream_t stream) {
+  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+  return cuStreamIsCapturing(stream, &status) == CUDA_SUCCESS && status == CU_STREAM_CAPTURE_STATUS_ACTIVE;
+}
+
 ncclResult_t finish(bool run) {
   std::vector<InitJob> inits = std::move(group.inits);
   std::vector<std::unique_ptr<Batch>> batches = std::move(group.batches);
@@ -170,12 +204,18 @@ ncclResult_t finish(bool run) {
   }
   bool in_progress = false;
   error = run_inits(inits, &in_progress);
+  std::vector<std::unique_ptr<Batch>> later;
   for (auto& batch : batches) {
     if (error != ncclSuccess) break;
     if (!batch->comm->blocking) in_progress = true;
-    error = launch(std::move(batch));
+    if (!batch->comm->blocking && !captures(batch->stream)) {
+      later.push_back(std::move(batch));
+    } else {
+      error = launch(std::move(batch));
+    }
   }
   if (error != ncclSuccess) return error;
+  if (!later.empty()) launch_later(std::move(later));
   return in_progress ? ncclInProgress : ncclSuccess;
 }
 

@@ -449,14 +449,26 @@ void Driver::run_calls(std::vector<Call>& calls) {
   bool issued = true;
   if (fused) issued = accept(call::ncclGroupStart(), "ncclGroupStart");
   for (Call* c : live) {
+    auto started = std::chrono::steady_clock::now();
     ncclResult_t result = issue(*c);
+    auto took = std::chrono::steady_clock::now() - started;
+    // Whoever says so must not have waited for its peers.
+    if (result == ncclInProgress && took > std::chrono::milliseconds(1000)) {
+      failed_ = true;
+      note("a call that is in progress blocked its caller");
+    }
     if (!in_group_ && !fused) result = settle(c->member, result);
     if (in_group_ && result == ncclInProgress) result = ncclSuccess;
     issued = accept(result, "collective") && issued;
   }
   if (fused) {
     ncclResult_t result = call::ncclGroupEnd();
-    for (Call* c : live) result = settle(c->member, result);
+    // Every communicator of the group is asked, in progress or not.
+    bool later = result == ncclInProgress;
+    for (Call* c : live) {
+      ncclResult_t state = settle(c->member, later ? ncclResult_t(ncclInProgress) : result);
+      if (result == ncclSuccess || result == ncclInProgress) result = state;
+    }
     issued = accept(result, "ncclGroupEnd") && issued;
   }
   for (Call* c : live) pending_.push_back(*c);

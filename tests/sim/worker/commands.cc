@@ -343,9 +343,13 @@ void Driver::init(const Statement& s) {
     if (result != ncclSuccess && result != ncclInProgress) accept(result, "ncclCommInitRank");
   }
   if (fused) result = call::ncclGroupEnd();
+  bool later = result == ncclInProgress;
   for (size_t i = 0; i < lanes.size(); ++i) {
     Member member = {comms[i], lanes[i]->rank, ranks};
-    if (s.number("wait", 1)) result = settle(member, result);
+    // Each may be in progress.
+    ncclResult_t state = later ? ncclResult_t(ncclInProgress) : result;
+    if (s.number("wait", 1)) state = settle(member, state);
+    if (result == ncclSuccess || result == ncclInProgress) result = state;
     lanes[i]->comms.push_back(member);
     lanes[i]->comm = lanes[i]->comms.size() - 1;
   }
@@ -524,7 +528,7 @@ void Driver::end_comm(const Statement& s) {
       result = s.name == "abort" ? call::ncclCommAbort(member.comm) : call::ncclCommDestroy(member.comm);
     }
     accept(result, s.name.c_str());
-    if (s.name == "destroy" || s.name == "abort") drop_member(*lane);
+    if ((s.name == "destroy" || s.name == "abort") && !s.number("keep", 0)) drop_member(*lane);
   }
   if (s.name == "destroy" || s.name == "abort") reclaim();
 }
@@ -664,7 +668,13 @@ void Driver::group(const Statement& s, bool start) {
     accept(result, "ncclGroupEnd");
     return;
   }
-  for (Call& c : pending_) result = settle(c.member, result);
+  // Every communicator of the group is asked, in progress or not.
+  bool later = result == ncclInProgress;
+  for (Call& c : pending_) {
+    ncclResult_t state = later ? ncclResult_t(ncclInProgress) : result;
+    state = settle(c.member, state);
+    if (result == ncclSuccess || result == ncclInProgress) result = state;
+  }
   accept(result, "ncclGroupEnd");
   finish_pending();
 }
