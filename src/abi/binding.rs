@@ -34,12 +34,11 @@ pub(super) fn open() {
 pub(super) fn again() -> Binding {
     // Not locked meanwhile: the dynamic linker is called, and a thread inside it may call us.
     let Some(known) = KNOWN.lock().clone() else { return Binding::default() };
-    bind(Some(&known))
-        .map_or_else(Binding::default, |(report, _)| Binding {
-            digest: report.digest,
-            incomplete: report.failed > 0,
-            unseen: !report.later.is_empty(),
-        })
+    bind(Some(&known)).map_or_else(Binding::default, |(report, _)| Binding {
+        digest: report.digest,
+        incomplete: report.failed > 0,
+        unseen: !report.later.is_empty(),
+    })
 }
 
 fn bind(known: Option<&Known>) -> Option<(BindReport, Known)> {

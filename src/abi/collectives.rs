@@ -294,10 +294,12 @@ fn all_reduce(a: Arguments) -> Code {
 fn make(stock: &Stock, communicator: &Arc<Communicator>, a: Arguments) -> Code {
     let stream = RawStream(a.stream as usize);
     match (place(communicator, &a), communicator.state()) {
-        (Placement::Routed(plan), State::Ready(ready)) => match behind_earlier_stock(stock, communicator, a.comm, stream) {
-            Ok(()) => launch(communicator, ready, plan, &a),
-            Err(code) => code,
-        },
+        (Placement::Routed(plan), State::Ready(ready)) => {
+            match behind_earlier_stock(stock, communicator, a.comm, stream) {
+                Ok(()) => launch(communicator, ready, plan, &a),
+                Err(code) => code,
+            }
+        }
         (Placement::Routed(_), _) => failed(&lost()),
         (Placement::Stock(reason), _) => {
             let way = (row_of_stock(reason), a.call().bytes());

@@ -76,7 +76,9 @@ pub(super) fn start(stock: &'static Stock, firsts: Vec<First>, calls: Box<dyn Fn
             run(stock, job);
         }
     };
-    if let Err(error) = std::thread::Builder::new().name("twoshot-first".into()).stack_size(super::thread::STACK).spawn(body) {
+    if let Err(error) =
+        std::thread::Builder::new().name("twoshot-first".into()).stack_size(super::thread::STACK).spawn(body)
+    {
         warning!(-1, "a thread for the set-up of a communicator could not be started: {error}");
         // Then its caller waits, which is better than not to answer.
         let job = job.lock().take();

@@ -5,6 +5,8 @@ use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+
 use super::{Code, code};
 use crate::comm::Communicator;
 use crate::driver::{Context, HostMemory, RawStream, Scratch, Stream, wait_for, with_relaxed_capture};
@@ -181,11 +183,43 @@ impl<'a> StockExchange<'a> {
     }
 }
 
+/// What an exchange that broke off has left on its own stream, until stock NCCL's kernel is gone.
+struct Left {
+    // Dropped in this order.
+    buffer: Buffer,
+    own: Stream,
+    context: Arc<Context>,
+}
+
+static LEFT: Mutex<Vec<Left>> = Mutex::new(Vec::new());
+
+/// Drops what exchanges have left and nothing uses any more. Where what it calls may wait for other kernels, so may this.
+pub fn collect() {
+    let done = |left: &mut Left| matches!(wait_for(&left.context, left.own.as_raw(), Some(Duration::ZERO)), Ok(true));
+    let gone: Vec<_> = with_relaxed_capture(|| LEFT.lock().extract_if(.., done).collect());
+    if !gone.is_empty() {
+        with_relaxed_capture(|| {
+            gone.into_iter().for_each(|Left { buffer, own, context }| drop((buffer, own, context)))
+        });
+    }
+}
+
 impl Drop for StockExchange<'_> {
     fn drop(&mut self) {
         // Freeing would wait for a kernel that waits for a peer that may be gone, or take memory from under one that stock
         // NCCL has yet to start; a few hundred bytes are the better loss.
         if self.in_flight {
+            // Once its communicator is being aborted, stock NCCL starts nothing more.
+            if !self.communicator.cancelled() {
+                return;
+            }
+            // SAFETY: taken once, here; nothing uses the fields afterwards.
+            let (buffer, own) = unsafe { (ManuallyDrop::take(&mut self.buffer), ManuallyDrop::take(&mut self.own)) };
+            match own {
+                Some(own) => LEFT.lock().push(Left { buffer, own, context: Arc::clone(&self.context) }),
+                // On the caller's stream nobody can tell when it is over.
+                None => std::mem::forget(buffer),
+            }
             return;
         }
         // SAFETY: dropped once, here; nothing uses the fields afterwards.

@@ -71,7 +71,7 @@ fn make(config: Config, parent: Option<Comm>, made: *mut Comm, call: impl FnOnce
             return refused;
         }
         if !transparent {
-            comm::collect();
+            super::collect();
         }
         // SAFETY: null, or the caller's own variable, which may hold anything.
         let before = if made.is_null() { std::ptr::null_mut() } else { unsafe { made.read_volatile() } };
@@ -296,7 +296,7 @@ pub unsafe extern "C" fn ncclCommDestroy(comm: Comm) -> Code {
             return refused;
         }
         if !comm.is_null() && !transparent() {
-            comm::collect();
+            super::collect();
             if let Some(communicator) = comm::remove(comm as usize) {
                 end(comm, communicator, DESTROY_PATIENCE, false);
             }
@@ -329,7 +329,7 @@ pub unsafe extern "C" fn ncclCommAbort(comm: Comm) -> Code {
             let routed = matches!(communicator.state(), State::Ready(_));
             end(comm, communicator, ABORT_PATIENCE, true);
             if routed && comm::only_aborted_are_left() {
-                comm::collect();
+                super::collect();
             }
         }
         result

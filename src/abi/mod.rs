@@ -242,6 +242,12 @@ pub(crate) fn plugin_loaded(inside_nccl: *const c_void) {
     binding::open();
 }
 
+/// Drops what could not be dropped when its communicator ended.
+pub(crate) fn collect() {
+    crate::comm::collect();
+    exchange::collect();
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -243,7 +243,16 @@ impl Multiply<'_> {
         };
         let head = self.pass.head;
         let type_ = self.dtype.0 as u32;
-        let args = ScaleArgs { in_: input, out: output, count, head, factor, factor_address, type_, trigger: self.trigger.into() };
+        let args = ScaleArgs {
+            in_: input,
+            out: output,
+            count,
+            head,
+            factor,
+            factor_address,
+            type_,
+            trigger: self.trigger.into(),
+        };
         let shape = (self.pass.blocks, self.pass.threads);
         // SAFETY: the kernel takes exactly one `TwoshotScaleArgs`.
         unsafe { queue(self.kernels, function, shape, self.dependent, stream, &args) }

@@ -178,6 +178,11 @@ void Driver::capture(const Statement& s) {
   // `grouped`: all of them in one group.
   bool grouped = s.number("grouped", 0) != 0;
   if (grouped) accept(call::ncclGroupStart(), "ncclGroupStart");
+  auto end = [&](std::vector<Call>& round) {
+    ncclResult_t result = call::ncclGroupEnd();
+    for (Call& c : round) result = settle(c.member, result);
+    accept(result, "ncclGroupEnd");
+  };
   for (auto& round : rounds) {
     if (branches > 1) {
       for (Lane* lane : lanes) lane->stream = (origin + turn) % branches;
@@ -187,11 +192,12 @@ void Driver::capture(const Statement& s) {
     for (Call& c : round) {
       ncclResult_t result = issue(c);
       if (round.size() == 1 && !grouped) result = settle(c.member, result);
+      if (result == ncclInProgress) result = ncclSuccess;
       accept(result, "captured collective");
     }
-    if (round.size() > 1) accept(call::ncclGroupEnd(), "ncclGroupEnd");
+    if (round.size() > 1) end(round);
   }
-  if (grouped) accept(call::ncclGroupEnd(), "ncclGroupEnd");
+  if (grouped && !rounds.empty()) end(rounds.back());
   for (Lane* lane : lanes) {
     lane->stream = origin;
     for (size_t i = 0; branches > 1 && i < branches; ++i) {
@@ -310,8 +316,10 @@ void Driver::chain(const Statement& s) {
               ? call::ncclAllReduce(pointer(from), pointer(to), count, ncclUint64, ncclSum, member.comm, stream)
               : call::ncclBroadcast(pointer(to), pointer(from), count, ncclUint64, int(i) % member.ranks, member.comm, stream);
     }
+    if (!grouped) result = settle(member, result);
+    if (grouped && result == ncclInProgress) result = ncclSuccess;
     accept(result, "collective");
-    if (grouped) accept(call::ncclGroupEnd(), "ncclGroupEnd");
+    if (grouped) accept(settle(member, call::ncclGroupEnd()), "ncclGroupEnd");
   }
   CUgraphExec exec = nullptr;
   if (captured) {
