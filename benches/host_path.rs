@@ -29,6 +29,8 @@ fn decisions(criterion: &mut Criterion) {
         min_bytes: 0,
         oneshot_bytes: 64 << 10,
         twoshot_bytes: 4 << 20,
+        switch_bytes: twoshot::route::NEVER,
+        switch_max_bytes: 0,
         piece_bytes: 4 << 20,
         scaled_bytes: 2 << 20,
         blocks: 32,

@@ -32,6 +32,7 @@ struct twoshot_communicator {
   uint32_t blocks;    /* most thread blocks of a launch */
   uint64_t oneshot_bytes; /* largest payload of one-shot, of two-shot; above it calls are stock NCCL's */
   uint64_t twoshot_bytes;
+  uint64_t switch_bytes; /* smallest payload above one-shot's whose sum the switch makes, 2^64 - 1 where it makes none */
 };
 
 /* Describes a communicator (an ncclComm_t). Fields beyond the caller's size are left out. Returns 0, or

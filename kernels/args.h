@@ -15,6 +15,8 @@
 #define TWOSHOT_STAGE_ALIGN 128    /* stage_bytes is a multiple of it */
 #define TWOSHOT_MAX_BLOCKS 256     /* one epoch replica per block */
 #define TWOSHOT_MAX_THREADS 512
+#define TWOSHOT_CHUNK_LINES 128    /* lines of a shard that a rank announces together (switch.cuh) */
+#define TWOSHOT_LINE_FLAGS 4       /* arrival flags in a line: one word for each rank */
 
 #define TWOSHOT_SENTINEL 0xFFFAFFFAu    /* a word that no publisher ever stores */
 #define TWOSHOT_REPLACEMENT 0xFFFAFFFBu /* what it stores instead: NaN again, in f32, f16 and bf16 */
@@ -30,6 +32,7 @@
 /* TwoshotControl.kernel and TwoshotControl.phase */
 #define TWOSHOT_KERNEL_ONESHOT 1
 #define TWOSHOT_KERNEL_TWOSHOT 2
+#define TWOSHOT_KERNEL_SWITCH 3
 #define TWOSHOT_PHASE_SCATTER 1
 #define TWOSHOT_PHASE_BROADCAST 2
 
@@ -53,7 +56,7 @@ typedef struct TwoshotArgs {
   uint64_t count;         /* elements; the same on every rank */
   uint64_t windows;       /* rank r's window is at windows + r * window_stride */
   uint64_t window_stride;
-  uint64_t multicast;     /* the multicast window, or 0; only ever written, only by multimem.st */
+  uint64_t multicast;     /* the multicast window, or 0; only for multimem.st and multimem.ld_reduce */
   uint64_t control;       /* device address of this rank's TwoshotControl */
   uint64_t stage_bytes;
   uint64_t timeout_ns;    /* 0: no deadline */

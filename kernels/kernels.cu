@@ -4,6 +4,7 @@
 // twoshot_scale_{type} multiplies by a factor what one of those then sums.
 #include "oneshot.cuh"
 #include "scale.cuh"
+#include "switch.cuh"
 #include "twoshot.cuh"
 
 // X(shape, type, ranks' name, ranks or 0, door, multicast)
@@ -28,11 +29,17 @@
   TWOSHOT_DOORS(X, shape, i64, n, 0)    \
   TWOSHOT_DOORS(X, shape, f64, n, 0)    \
   TWOSHOT_DOORS(X, shape, fp8, n, 0)
+// One for each type, whatever the ranks: the switch does what depends on their number.
+#define TWOSHOT_SWITCH(X)           \
+  X(switch, f32, n, 0, mc, true) \
+  X(switch, f16, n, 0, mc, true) \
+  X(switch, bf16, n, 0, mc, true)
 #define TWOSHOT_KERNELS(X)  \
   TWOSHOT_TYPES(X, oneshot) \
   TWOSHOT_TYPES(X, twoshot) \
   TWOSHOT_FOLDS(X, oneshot) \
-  TWOSHOT_FOLDS(X, twoshot)
+  TWOSHOT_FOLDS(X, twoshot) \
+  TWOSHOT_SWITCH(X)
 
 // X(type); i8, i32 and i64 stand for the unsigned types too, fp8 for e4m3 and e5m2.
 #define TWOSHOT_SCALES(X) X(f32) X(f16) X(bf16) X(i8) X(i32) X(i64) X(f64) X(fp8)
@@ -41,7 +48,7 @@
 #define TWOSHOT_DEFINE(shape, type, name, ranks, door, multicast)                             \
   extern "C" __global__ void __launch_bounds__(TWOSHOT_MAX_THREADS, 1)                        \
       twoshot_##shape##_##type##_##name##_##door(const __grid_constant__ TwoshotArgs args) { \
-    twoshot::shape<twoshot::type, ranks, multicast>(args);                                    \
+    twoshot::run_##shape<twoshot::type, ranks, multicast>(args);                              \
   }
 
 TWOSHOT_KERNELS(TWOSHOT_DEFINE)

@@ -156,7 +156,7 @@ TWOSHOT_DEVICE void oneshot_body(const TwoshotArgs& args) {
 }
 
 template <typename T, int N, bool MC>
-TWOSHOT_DEVICE void oneshot(const TwoshotArgs& args) {
+TWOSHOT_DEVICE void run_oneshot(const TwoshotArgs& args) {
   if (payload_aligned<T>(args)) {
     oneshot_body<T, N, MC, true>(args);
   } else {

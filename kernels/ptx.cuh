@@ -132,7 +132,7 @@ TWOSHOT_DEVICE void st_relaxed_sys_u64(uint64_t address, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
-// The only instruction that a multicast address may reach. The type is nominal: the words travel as they are.
+// A multicast address may reach this instruction and the three below. The type is nominal: the words travel as they are.
 TWOSHOT_DEVICE void multimem_st_relaxed_sys_v4_if(uint64_t address, const Line& line, bool wanted) {
   asm volatile(
       "{ .reg .pred p; setp.ne.u32 p, %5, 0;\n\t"
@@ -140,6 +140,42 @@ TWOSHOT_DEVICE void multimem_st_relaxed_sys_v4_if(uint64_t address, const Line& 
       "r"(line.word[0]), "r"(line.word[1]), "r"(line.word[2]), "r"(line.word[3]), "r"(static_cast<uint32_t>(wanted))
       : "memory");
 }
+
+// Every rank's line, added up on the way here. In which order is the switch's secret; f16 and bf16 are added in f32.
+TWOSHOT_DEVICE void multimem_ld_reduce_add_relaxed_sys_v4_f32_if(Line& line, uint64_t address, bool wanted) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %5, 0;\n\t"
+      "@p multimem.ld_reduce.relaxed.sys.global.add.v4.f32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(line.word[0]), "+r"(line.word[1]), "+r"(line.word[2]), "+r"(line.word[3])
+      : "l"(address), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+}
+
+TWOSHOT_DEVICE void multimem_ld_reduce_add_relaxed_sys_v4_f16x2_if(Line& line, uint64_t address, bool wanted) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %5, 0;\n\t"
+      "@p multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.f16x2 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(line.word[0]), "+r"(line.word[1]), "+r"(line.word[2]), "+r"(line.word[3])
+      : "l"(address), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+}
+
+TWOSHOT_DEVICE void multimem_ld_reduce_add_relaxed_sys_v4_bf16x2_if(Line& line, uint64_t address, bool wanted) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %5, 0;\n\t"
+      "@p multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.bf16x2 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(line.word[0]), "+r"(line.word[1]), "+r"(line.word[2]), "+r"(line.word[3])
+      : "l"(address), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+}
+
+// An arrival: whoever reads it and then fences sees all that this thread's block stored before its last barrier.
+TWOSHOT_DEVICE void st_release_sys_u32(uint64_t address, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+// Between accesses to the same memory by its own address and by the multicast address.
+TWOSHOT_DEVICE void fence_proxy_alias() { asm volatile("fence.proxy.alias;" ::: "memory"); }
 
 // ---- own header: bookkeeping that carries no data, hence relaxed (the marks are read by tests/ptx_lint.rs) --------
 

@@ -244,7 +244,7 @@ TWOSHOT_UNROLL_BY(1)
 };
 
 template <typename T, int N, bool MC>
-TWOSHOT_DEVICE void twoshot(const TwoshotArgs& args) {
+TWOSHOT_DEVICE void run_twoshot(const TwoshotArgs& args) {
   if (payload_aligned<T>(args)) {
     TwoShot<T, N, MC, true>(args).run();
   } else {

@@ -20,6 +20,7 @@ use crate::domain::{Declined, Tuned};
 use crate::driver::{Context, Fault, RawStream, Remains, nvtx};
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
+use crate::route::NEVER;
 use crate::setup::{Binding, Established, Request, establish};
 use crate::stats::Standing;
 use crate::table::Source;
@@ -271,9 +272,16 @@ fn log_on(device: i32, rank: u32, established: &Established) {
         Tuned::Ignored { rank } => format!(" (tuning files ignored: rank {rank}'s is unusable or not rank 0's)"),
         _ => String::new(),
     };
+    let switch = match agreement.switch_bytes {
+        NEVER => String::new(),
+        bytes => {
+            let from = bytes.max(agreement.oneshot_bytes.saturating_add(1));
+            format!(", sums in the switch from {from} to {} B", agreement.switch_max_bytes)
+        }
+    };
     info!(
         device,
-        "rank {rank}/{}: ON, {} host(s), {multicast}, handles {:?}, one-shot to {} B, two-shot to {} B, blocks {}, \
+        "rank {rank}/{}: ON, {} host(s), {multicast}, handles {:?}, one-shot to {} B, two-shot to {} B{switch}, blocks {}, \
          memory {} B, table: {table}{remark}",
         agreement.ranks,
         established.hosts,

@@ -203,7 +203,10 @@ impl std::fmt::Display for Counters {
         for algorithm in Algorithm::ALL {
             let (calls, more) = self.row(row_of(algorithm));
             bytes += more;
-            write!(f, "{} {calls}, ", algorithm.name())?;
+            // Hardly anybody has the switch's sums.
+            if Algorithm::TABLED.contains(&algorithm) || calls > 0 {
+                write!(f, "{} {calls}, ", algorithm.name())?;
+            }
         }
         write!(f, "stock {}", self.totals().1)?;
         for reason in Reason::ALL {
@@ -231,6 +234,13 @@ mod tests {
         let text = counters.to_string();
         assert!(text.starts_with("oneshot 0, twoshot 1, stock 7 empty=1 type=1"), "{text}");
         assert!(text.ends_with("; 3 MiB routed"), "{text}");
+        counters.routed(Algorithm::Switch, 5 << 20);
+        assert_eq!(counters.totals(), (2, Reason::ALL.len() as u64));
+        let text = counters.to_string();
+        assert!(
+            text.starts_with("oneshot 0, twoshot 1, switch 1, stock 6") && text.ends_with("8 MiB routed"),
+            "{text}"
+        );
     }
 
     /// The only test here that reads sums of the whole process: its communicators have ranks of their own.

@@ -30,6 +30,8 @@ pub struct Domain {
     pub chosen_blocks: bool,
     /// Every rank can and wants multicast.
     pub multicast: bool,
+    /// Every rank wants the switch to make sums, and has multicast.
+    pub switch_reduce: bool,
     /// Minor release of stock NCCL; 0 where the ranks have different ones.
     pub nccl: u32,
     /// What the ranks make of their tuning files.
@@ -145,6 +147,7 @@ pub fn merge(blobs: &[Blob]) -> Result<Domain, Declined> {
         blocks: facts.iter().map(|f| f.blocks).min().unwrap_or(1).max(1),
         chosen_blocks: facts.iter().all(|f| f.chosen_blocks),
         multicast: facts.iter().all(|f| f.multicast),
+        switch_reduce: facts.iter().all(|f| f.multicast && f.switch_reduce),
         nccl: if facts.iter().all(|f| f.nccl == first.nccl) { first.nccl } else { 0 },
         tuned: tuned(&facts),
         deadline: facts
@@ -254,6 +257,18 @@ mod tests {
         facts[3].multicast = false;
         let domain = merged(&facts).unwrap();
         assert_eq!((domain.blocks, domain.multicast), (24, false));
+    }
+
+    #[test]
+    fn the_switch_makes_sums_only_where_every_rank_wants_it_and_has_multicast() {
+        let mut facts = two_hosts();
+        assert!(!merged(&facts).unwrap().switch_reduce);
+        facts.iter_mut().for_each(|f| f.switch_reduce = true);
+        assert!(merged(&facts).unwrap().switch_reduce);
+        facts[3].switch_reduce = false;
+        assert!(!merged(&facts).unwrap().switch_reduce);
+        (facts[3].switch_reduce, facts[1].multicast) = (true, false);
+        assert!(!merged(&facts).unwrap().switch_reduce);
     }
 
     #[test]

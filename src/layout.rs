@@ -3,7 +3,8 @@
 //!
 //! A rank's **window** is `[header][stage 0][stage 1][stage 2]`. Inside a stage the unit is the **line**, 16
 //! bytes. One-shot uses `ranks` slots of `slot` lines; two-shot a scatter region of `ranks` shards and, behind
-//! it, a broadcast region of `ranks` shards.
+//! it, a broadcast region of `ranks` shards; where the switch adds, the first region holds the rank's own input, and
+//! behind both lie the arrivals of the own shard's chunks.
 #![forbid(unsafe_code)]
 
 /// Bytes of one line, the granule of every store, poll and re-arm.
@@ -22,25 +23,34 @@ pub const SPARE: u64 = 64;
 pub const MAX_BLOCKS: u32 = 256;
 /// Most threads of one block the kernels are compiled for.
 pub const MAX_THREADS: u32 = 512;
+/// Lines of a shard whose arrival is announced together where the switch adds (`kernels/switch.cuh`).
+pub const CHUNK_LINES: u64 = 128;
+/// Ranks that announce a chunk in one line.
+pub const LINE_FLAGS: u64 = 4;
 
-/// The two algorithms.
+/// The algorithms.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Algorithm {
     /// Every rank pushes its data to every peer and reduces everything itself: one hop, `ranks` times the data.
     OneShot,
     /// Every rank reduces one shard and pushes the result to all: two hops, twice the data.
     TwoShot,
+    /// Two-shot whose shards are added up by the NVLink switch on their way to their owners.
+    Switch,
 }
 
 impl Algorithm {
-    /// Both, in the order of the kernel table.
-    pub const ALL: [Self; 2] = [Self::OneShot, Self::TwoShot];
+    /// All, in the order of the kernel table.
+    pub const ALL: [Self; 3] = [Self::OneShot, Self::TwoShot, Self::Switch];
+    /// Those between which the cross-over table decides.
+    pub const TABLED: [Self; 2] = [Self::OneShot, Self::TwoShot];
 
     /// The word that stands for it in kernel names and log lines.
     pub fn name(self) -> &'static str {
         match self {
             Self::OneShot => "oneshot",
             Self::TwoShot => "twoshot",
+            Self::Switch => "switch",
         }
     }
 }
@@ -84,7 +94,7 @@ pub struct Layout {
 pub struct Shape {
     /// Lines of the payload, the last one padded.
     pub lines: u64,
-    /// Lines from one slot (one-shot) or shard (two-shot) to the next.
+    /// Lines from one slot (one-shot) or shard (all others) to the next.
     pub stride: u64,
     /// Lines of the stage the call may touch; everything polled and re-armed lies below.
     pub used: u64,
@@ -101,12 +111,17 @@ impl Shape {
         let lines = bytes.div_ceil(LINE);
         let (stride, regions, work) = match algorithm {
             Algorithm::OneShot => (lines.checked_next_multiple_of(LINES_ALIGN)?, 1, lines),
-            Algorithm::TwoShot => {
+            Algorithm::TwoShot | Algorithm::Switch => {
                 let stride = lines.div_ceil(ranks).checked_next_multiple_of(LINES_ALIGN)?;
                 (stride, 2, stride.min(lines))
             }
         };
-        let used = stride.checked_mul(ranks)?.checked_mul(regions)?;
+        let arrivals = match algorithm {
+            Algorithm::Switch => stride.div_ceil(CHUNK_LINES).checked_mul(ranks.div_ceil(LINE_FLAGS))?,
+            _ => 0,
+        };
+        let regions = stride.checked_mul(ranks)?.checked_mul(regions)?;
+        let used = regions.checked_add(arrivals)?.checked_next_multiple_of(LINES_ALIGN)?;
         Some(Self { lines, stride, used, work })
     }
 }
@@ -119,6 +134,14 @@ impl Layout {
         let two = Shape::of(Algorithm::TwoShot, ranks, twoshot_bytes)?.used;
         let stage_bytes = one.max(two).max(LINES_ALIGN).checked_mul(LINE)?;
         let layout = Self { ranks, stage_bytes };
+        layout.stage_bytes.checked_mul(STAGES)?.checked_add(HEADER)?;
+        Some(layout)
+    }
+
+    /// The same stages, or larger ones, for payloads up to `bytes` that the switch adds up.
+    pub fn with_switch(self, bytes: u64) -> Option<Self> {
+        let needed = Shape::of(Algorithm::Switch, self.ranks, bytes)?.used.checked_mul(LINE)?;
+        let layout = Self { stage_bytes: self.stage_bytes.max(needed), ..self };
         layout.stage_bytes.checked_mul(STAGES)?.checked_add(HEADER)?;
         Some(layout)
     }
@@ -140,6 +163,15 @@ impl Layout {
         let lines = match algorithm {
             Algorithm::OneShot => whole(lines / self.ranks),
             Algorithm::TwoShot => whole(lines / (2 * self.ranks)) * self.ranks,
+            Algorithm::Switch => {
+                // As two-shot, and in what is left a word for each chunk and rank.
+                let (mut fits, mut above) = (0, self.largest(Algorithm::TwoShot) + 1);
+                while above - fits > 1 {
+                    let middle = fits + (above - fits) / 2;
+                    *(if self.fit(algorithm, middle).is_some() { &mut fits } else { &mut above }) = middle;
+                }
+                return fits;
+            }
         };
         lines * LINE
     }
@@ -162,6 +194,7 @@ mod tests {
             ranks in 1u32..=128, cap_one in 0u64..1 << 32, cap_two in 0u64..1 << 40, bytes in 0u64..1 << 41,
         ) {
             let Some(layout) = Layout::for_payloads(ranks, cap_one, cap_two) else { return Ok(()) };
+            let Some(layout) = layout.with_switch(cap_two / 2) else { return Ok(()) };
             prop_assert_eq!(layout.stage_bytes() % 128, 0);
             for algorithm in Algorithm::ALL {
                 if let Some(shape) = layout.fit(algorithm, bytes) {
@@ -182,6 +215,17 @@ mod tests {
                 let most = layout.largest(algorithm);
                 prop_assert!(layout.fit(algorithm, most).is_some() && layout.fit(algorithm, most + 1).is_none());
             }
+            let Some(larger) = layout.with_switch(two) else { return Ok(()) };
+            prop_assert!(larger.fit(Algorithm::Switch, two).is_some() && larger.fit(Algorithm::OneShot, one).is_some());
+            prop_assert!(larger.stage_bytes() >= layout.stage_bytes());
+        }
+
+        #[test]
+        fn every_chunk_of_the_longest_shard_has_a_word_for_each_rank(ranks in 1u64..=128, bytes in 1u64..1 << 33) {
+            let shape = Shape::of(Algorithm::Switch, ranks, bytes).unwrap();
+            let arrivals = shape.used - 2 * ranks * shape.stride;
+            prop_assert!(arrivals * LINE_FLAGS >= shape.stride.div_ceil(CHUNK_LINES) * ranks);
+            prop_assert!(Shape::of(Algorithm::TwoShot, ranks, bytes).unwrap().stride == shape.stride);
         }
 
         #[test]
@@ -210,5 +254,6 @@ mod tests {
     fn sizes_beyond_64_bits_are_refused_not_wrapped() {
         assert_eq!(Shape::of(Algorithm::OneShot, 128, u64::MAX), None);
         assert_eq!(Layout::for_payloads(72, u64::MAX / 8, 1), None);
+        assert_eq!(Layout::for_payloads(72, 1, 1).unwrap().with_switch(u64::MAX), None);
     }
 }

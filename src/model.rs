@@ -8,6 +8,8 @@ mod fit;
 mod points;
 mod show;
 
+use crate::layout::Algorithm;
+
 pub use check::{Error, left_out};
 pub use fit::fit;
 pub use points::POINTS;
@@ -20,8 +22,20 @@ pub enum What {
     OneShot,
     /// Two-shot.
     TwoShot,
+    /// Two-shot whose sums the switch makes. Nobody has measured it: neither is it in the points.
+    Switch,
     /// Stock NCCL.
     Stock,
+}
+
+impl From<Algorithm> for What {
+    fn from(algorithm: Algorithm) -> Self {
+        match algorithm {
+            Algorithm::OneShot => Self::OneShot,
+            Algorithm::TwoShot => Self::TwoShot,
+            Algorithm::Switch => Self::Switch,
+        }
+    }
 }
 
 /// A kind of GPU and the links between several.
@@ -132,6 +146,7 @@ impl Parameters {
             What::Stock => self.stock(case),
             What::OneShot => self.ours(case, 1.0),
             What::TwoShot => self.ours(case, 2.0),
+            What::Switch => self.switch(case),
         }
     }
 
@@ -153,6 +168,19 @@ impl Parameters {
         let further = if hops > 1.0 { scatter + broadcast } else { broadcast };
         let launch = self.launch + if case.plain { self.plain } else { 0.0 };
         launch + hops * self.hop + further * self.peer + links.hypot(work)
+    }
+
+    /// Four hops instead of two: the arrivals, the load's way to the switch and the memories and its way back, the results.
+    /// Arrivals cost per peer what one-shot's stores do. The links carry the own input out and one shard in for the
+    /// sums, one shard out and the results in. Blocks copy the input, load and store a shard, poll the results.
+    fn switch(&self, case: &Case) -> f64 {
+        let (n, payload) = (f64::from(case.ranks), case.bytes as f64);
+        let blocks = f64::from(case.blocks.min(case.gpu.sms));
+        let links = transfer(payload * (1.0 + 1.0 / n), self.link * case.gpu.link);
+        let work = transfer(payload * (2.0 + 2.0 / n), self.block * blocks);
+        let further = (n - 2.0) * 1.5;
+        let launch = self.launch + if case.plain { self.plain } else { 0.0 };
+        launch + 4.0 * self.hop + further * self.peer + links.hypot(work)
     }
 
     fn stock(&self, case: &Case) -> f64 {
@@ -189,6 +217,22 @@ pub fn limits(parameters: &Parameters, gpu: Gpu, ranks: u32, multicast: bool, bl
     });
     let oneshot = last(&|bytes| bytes <= ONESHOT_CEILING && time(What::OneShot, bytes) <= time(What::TwoShot, bytes));
     (oneshot.min(twoshot), twoshot)
+}
+
+/// The payloads, powers of two up to [`CEILING`], from which and to which sums are to be made in the switch: as long as
+/// that is faster than two-shot with multicast at that payload and all larger ones, and beats stock NCCL by [`MARGIN`].
+/// Zeros where two-shot has lost to stock NCCL before that begins.
+pub fn switch_limits(parameters: &Parameters, gpu: Gpu, ranks: u32, blocks: u32) -> (u64, u64) {
+    let time = |what, bytes| parameters.time(&Case { what, gpu, ranks, multicast: true, blocks, plain: false, bytes });
+    let down = (0..).map(|power| CEILING >> power).take_while(|bytes| *bytes >= FLOOR);
+    let from = down.take_while(|bytes| time(What::Switch, *bytes) < time(What::TwoShot, *bytes)).last().unwrap_or(0);
+    let (_, twoshot) = limits(parameters, gpu, ranks, true, blocks);
+    if from == 0 || from > twoshot {
+        return (0, 0);
+    }
+    let up = (0..).map(|power| from << power).take_while(|bytes| *bytes <= CEILING);
+    let to = up.take_while(|bytes| time(What::Switch, *bytes) * MARGIN <= time(What::Stock, *bytes)).last();
+    to.map_or((0, 0), |to| (from, to))
 }
 
 #[cfg(test)]
@@ -233,13 +277,14 @@ mod tests {
     proptest! {
         #[test]
         fn more_bytes_or_more_ranks_never_cost_less(ranks in 2u32..72, bytes in 8u64..1 << 28, multicast: bool) {
-            for what in [What::OneShot, What::TwoShot, What::Stock] {
+            for what in [What::OneShot, What::TwoShot, What::Switch, What::Stock] {
                 let base = Case { multicast, ..case(what, ranks, bytes) };
                 let time = PARAMETERS.time(&base);
                 prop_assert!(time.is_finite() && time > 0.0);
                 let more = PARAMETERS.time(&Case { bytes: bytes + bytes / 8 + 1, ..base });
                 prop_assert!(more >= time);
-                if ranks > 2 {
+                // Where the switch adds, the links carry less with every rank.
+                if ranks > 2 && what != What::Switch {
                     let more = PARAMETERS.time(&Case { ranks: ranks + 1, ..base });
                     prop_assert!(more >= time * 0.999);
                 }

@@ -19,6 +19,10 @@ pub struct Agreement {
     pub oneshot_bytes: u64,
     /// Largest payload of two-shot, in bytes.
     pub twoshot_bytes: u64,
+    /// Smallest payload above one-shot's whose sum the switch makes, in bytes; [`NEVER`] where it makes none.
+    pub switch_bytes: u64,
+    /// The largest of them.
+    pub switch_max_bytes: u64,
     /// Largest part of it that one launch reduces.
     pub piece_bytes: u64,
     /// Largest payload of a pre-multiplied sum, in bytes; 0 where they are stock NCCL's.
@@ -28,6 +32,9 @@ pub struct Agreement {
     /// The same for payloads up to [`SMALL`].
     pub small_blocks: u32,
 }
+
+/// [`Agreement::switch_bytes`] of ranks without it.
+pub const NEVER: u64 = u64::MAX;
 
 /// Up to this payload latency counts, and a launch is over before others miss its multiprocessors.
 pub const SMALL: u64 = 1 << 20;
@@ -77,7 +84,7 @@ impl Reason {
 /// How a routed call runs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Plan {
-    /// One-shot or two-shot.
+    /// One-shot, two-shot, or two-shot with the switch's sums.
     pub algorithm: Algorithm,
     /// Which kernels.
     pub class: Class,
@@ -125,13 +132,15 @@ pub fn decide(call: &Call, agreed: &Agreement) -> Route {
     }
     let algorithm = if bytes <= agreed.oneshot_bytes {
         Algorithm::OneShot
+    } else if class.specialised() && (agreed.switch_bytes..=agreed.switch_max_bytes).contains(&bytes) {
+        Algorithm::Switch
     } else if bytes <= agreed.twoshot_bytes {
         Algorithm::TwoShot
     } else {
         return Route::Stock(Reason::Size);
     };
     let (carried, piece) = match algorithm {
-        Algorithm::TwoShot if bytes > agreed.piece_bytes => {
+        Algorithm::TwoShot | Algorithm::Switch if bytes > agreed.piece_bytes => {
             let carried = agreed.piece_bytes / PIECE_ALIGN * PIECE_ALIGN;
             (carried, class.packing().payload(carried) / (payload / call.count))
         }
@@ -198,6 +207,7 @@ pub fn grid(work: u64, budget: u32) -> (u32, u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::CHUNK_LINES;
     use proptest::prelude::*;
 
     fn agreed() -> Agreement {
@@ -207,6 +217,8 @@ mod tests {
             min_bytes: 0,
             oneshot_bytes: 64 << 10,
             twoshot_bytes: 4 << 20,
+            switch_bytes: NEVER,
+            switch_max_bytes: 0,
             piece_bytes: 4 << 20,
             scaled_bytes: 2 << 20,
             blocks: 32,
@@ -259,6 +271,34 @@ mod tests {
         };
         assert_eq!((call(1 << 19), call((1 << 19) + 1)), (64, 32));
         assert_eq!(blocks(1 << 21), 32);
+    }
+
+    #[test]
+    fn only_sums_of_three_types_between_its_limits_are_made_in_the_switch() {
+        let layout = agreed().layout.with_switch(4 << 20).unwrap();
+        let with = Agreement { layout, switch_bytes: 1 << 20, switch_max_bytes: 8 << 20, ..agreed() };
+        let pick = |call: Call, agreed: &Agreement| match decide(&call, agreed) {
+            Route::Routed(plan) => Ok((plan.algorithm, plan.piece)),
+            Route::Stock(reason) => Err(reason),
+        };
+        let (two, switch) = (Algorithm::TwoShot, Algorithm::Switch);
+        assert_eq!(pick(sum((1 << 19) - 1), &with), Ok((two, (1 << 19) - 1)));
+        assert_eq!(pick(sum(1 << 19), &with), Ok((switch, 1 << 19)));
+        assert_eq!(pick(sum(4 << 20), &with), Ok((switch, 2 << 20)), "several launches");
+        assert_eq!(pick(sum((4 << 20) + 1), &with), Err(Reason::Size));
+        let max = Call { op: ReduceOp::MAX, ..sum((2 << 20) + 1) };
+        assert_eq!(pick(max, &with), Err(Reason::Size), "two-shot ends earlier");
+        // All of two-shot's range, and never one-shot's.
+        let all = Agreement { switch_bytes: 0, ..with };
+        assert_eq!(pick(sum(32 << 10), &all), Ok((Algorithm::OneShot, 32 << 10)));
+        assert_eq!(pick(sum((32 << 10) + 1), &all), Ok((switch, (32 << 10) + 1)));
+        for dtype in (0..12).map(DataType) {
+            for op in (0..5).map(ReduceOp) {
+                let summed = op == ReduceOp::SUM && [DataType::F32, DataType::F16, DataType::BF16].contains(&dtype);
+                let (algorithm, _) = pick(Call { count: 1 << 18, dtype, op }, &all).unwrap();
+                assert_eq!(algorithm == switch, summed, "{dtype:?} {op:?}");
+            }
+        }
     }
 
     #[test]
@@ -368,12 +408,18 @@ mod tests {
         fn a_grid_stays_inside_its_budget_and_is_never_empty(work in 0u64..1 << 40, budget in 0u32..1 << 20) {
             let (blocks, threads) = grid(work, budget);
             prop_assert!(blocks >= 1 && blocks <= budget.clamp(1, MAX_BLOCKS));
-            prop_assert!(threads % 32 == 0 && threads <= MAX_THREADS);
+            // switch.cuh needs whole chunks.
+            prop_assert!(u64::from(threads) % CHUNK_LINES == 0 && threads <= MAX_THREADS);
         }
 
         #[test]
-        fn a_routed_payload_always_fits_its_stage(count in 0u64..1 << 24, one in 0u64..1 << 22, two in 0u64..1 << 24) {
-            let agreed = Agreement { oneshot_bytes: one, twoshot_bytes: two, ..agreed() };
+        fn a_routed_payload_always_fits_its_stage(
+            count in 0u64..1 << 24, one in 0u64..1 << 22, two in 0u64..1 << 24, switch in (0u64..1 << 24, 0u64..1 << 24),
+        ) {
+            let layout = agreed().layout.with_switch(4 << 20).unwrap();
+            let agreed = Agreement {
+                layout, oneshot_bytes: one, twoshot_bytes: two, switch_bytes: switch.0, switch_max_bytes: switch.1, ..agreed()
+            };
             for call in [sum(count), Call { dtype: DataType::E4M3, ..sum(count) }] {
                 if let Route::Routed(plan) = decide(&call, &agreed) {
                     let launch = count.min(plan.piece) * call.dtype.size().unwrap();

@@ -291,7 +291,7 @@ fn prepare(context: &Arc<Context>, domain: &Domain, rank: u32, config: &Config, 
     let of_kernels = Arc::clone(context);
     let (granularity, blocks, all_sms, module, kernels) = bounded("loading the kernels", deadline, move || {
         let module = Module::load(&of_kernels)?;
-        let kernels = module.kernels(ranks, false)?;
+        let kernels = module.kernels(ranks, false, false)?;
         let resident = kernels.resident_per_sm().saturating_mul(sms);
         if resident == 0 {
             return Err(Error::Bug("no block of a kernel fits a multiprocessor"));

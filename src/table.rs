@@ -83,6 +83,12 @@ pub fn row(world: World) -> Row {
     Row { oneshot_bytes, twoshot_bytes, blocks: BLOCKS, source }
 }
 
+/// The payloads from which and to which the model sees the switch's sums win, over two-shot and over stock NCCL; nothing
+/// where it never does.
+pub fn switch_limits(world: World) -> Option<(u64, u64)> {
+    modelled::switch_limits(world)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -14,7 +14,7 @@ pub type Blob = [u8; BLOB];
 const MOST_GRANULARITY: u64 = 1 << 40;
 const MAGIC: u32 = 0x544f_5753;
 /// Raised whenever the meaning of a blob or the kernels' protocol changes.
-const PROTOCOL: u32 = 5;
+const PROTOCOL: u32 = 6;
 
 /// The facts of a rank, exchanged first.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -57,6 +57,8 @@ pub struct Facts {
     pub fabric_handles: bool,
     /// Multicast is possible and wanted.
     pub multicast: bool,
+    /// The switch may make sums.
+    pub switch_reduce: bool,
     /// Host-spanning communicators may use the fabric.
     pub mnnvl: bool,
     /// Several ranks may share this GPU.
@@ -227,7 +229,12 @@ impl Facts {
         writer.bytes(&self.host).bytes(&self.process).bytes(&self.gpu).bytes(&self.bus_id);
         writer.u32(self.arch).u32(self.blocks);
         writer.flag(self.vmm).flag(self.fd_handles).flag(self.fabric_handles).flag(self.multicast);
-        writer.flag(self.mnnvl).flag(self.shared_gpu).flag(self.chosen_blocks).flag(self.operations);
+        writer
+            .flag(self.switch_reduce)
+            .flag(self.mnnvl)
+            .flag(self.shared_gpu)
+            .flag(self.chosen_blocks)
+            .flag(self.operations);
         writer.flag(self.fabric.completed).bytes(&self.fabric.uuid).u32(self.fabric.clique);
         writer.done()
     }
@@ -255,6 +262,7 @@ impl Facts {
             fd_handles: r.flag()?,
             fabric_handles: r.flag()?,
             multicast: r.flag()?,
+            switch_reduce: r.flag()?,
             mnnvl: r.flag()?,
             shared_gpu: r.flag()?,
             chosen_blocks: r.flag()?,
@@ -317,7 +325,7 @@ mod tests {
         #[test]
         fn a_blob_comes_back_as_it_was(rank: u32, config: u64, host: [u8; 16], flag: bool, code: i32) {
             let facts = Facts {
-                rank, config, bound: !config, host, process: host, deadline_ms: rank, multicast: flag, operations: !flag, declined: flag.then_some((Decline::Map, code)), ..Facts::default()
+                rank, config, bound: !config, host, process: host, deadline_ms: rank, multicast: flag, operations: !flag, switch_reduce: !flag, declined: flag.then_some((Decline::Map, code)), ..Facts::default()
             };
             prop_assert_eq!(Facts::decode(&facts.encode()), Some(facts));
             let mut step = Step { declined: Some((Decline::Import, code)), socket: host, ..Step::new(3, rank) };

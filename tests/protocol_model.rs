@@ -20,6 +20,12 @@ const TWO_2: Call = Call::two_shot(2);
 const SMALL: [Call; 4] = [ONE_1, ONE_2, TWO_1, TWO_2];
 /// With 3 ranks three lines are the first size that gives every rank a shard; with 2 ranks the first uneven shards.
 const LARGE: [Call; 6] = [ONE_1, ONE_2, Call::one_shot(3), TWO_1, TWO_2, Call::two_shot(3)];
+/// Sums in the switch: with 2 ranks one line (one rank owns all), two (a line for each), three (two lines for rank 0).
+const SWITCH_1: Call = Call::switch(1, 1);
+const SWITCH_2: Call = Call::switch(2, 1);
+const SWITCH_3: Call = Call::switch(3, 1);
+/// Two threads announce one chunk.
+const SWITCH_WIDE: Call = Call::switch(3, 2);
 const SHAPES: [Shape; 3] = [Shape::SINGLE, Shape::TWO_BLOCKS, Shape::TWO_THREADS];
 
 fn multicast<const N: usize>(calls: [Call; N]) -> [Call; N] {
@@ -96,6 +102,35 @@ fn unicast_and_multicast_calls_may_follow_each_other() {
     let calls = [ONE_1, TWO_2, ONE_2.multicast(), TWO_1.multicast()];
     holds("immediate, 2 ranks, unicast and multicast", &Config::shipped(2, &calls).shapes(&SHAPES));
     holds("immediate, 3 ranks, unicast and multicast", &Config::shipped(3, &calls));
+}
+
+#[test]
+fn sums_in_the_switch_hold_in_every_interleaving_of_every_store_for_any_number_of_launches() {
+    holds("switch, 2 ranks, 1 line, every step", &Config::shipped(2, &[SWITCH_1]).every_step());
+}
+
+#[test]
+fn sums_in_the_switch_hold_in_every_order_of_landing() {
+    holds("switch, 2 ranks, every landing", &Config::shipped(2, &[SWITCH_2]).every_landing());
+    holds("switch, 3 ranks, every landing", &Config::shipped(3, &[SWITCH_1]).every_landing());
+}
+
+#[test]
+fn sums_in_the_switch_hold_when_every_rank_has_another_shape() {
+    holds("switch, 2 ranks, 3 shapes", &Config::shipped(2, &[SWITCH_1, SWITCH_2]).shapes(&SHAPES));
+    let shapes = [Shape::SINGLE, Shape::TWO_BLOCKS];
+    holds("switch, 2 ranks, 3 lines, 2 shapes", &Config::shipped(2, &[SWITCH_3, SWITCH_1]).shapes(&shapes));
+    let wide = Config::shipped(2, &[SWITCH_WIDE]).shapes(&[Shape::TWO_THREADS]);
+    holds("switch, 2 ranks, two threads to a chunk", &wide);
+    holds("switch, 3 ranks, 2 shapes", &Config::shipped(3, &[SWITCH_1, SWITCH_2]).shapes(&shapes));
+}
+
+#[test]
+fn sums_in_the_switch_may_follow_one_shot_and_two_shot_and_the_other_way_round() {
+    let calls = [SWITCH_2, TWO_2.multicast(), ONE_1.multicast(), SWITCH_1, TWO_1];
+    holds("switch and others, 2 ranks", &Config::shipped(2, &calls));
+    holds("switch and others, 3 ranks", &Config::shipped(3, &calls));
+    holds("switch and others, 2 ranks, 2 stages", &Config::shipped(2, &calls).stages(2));
 }
 
 #[test]
@@ -232,6 +267,71 @@ fn two_communicators_on_one_set_of_stages_are_rejected() {
     fails("shared stages", &two_communicators(config), Order::Breadth);
 }
 
+// ---- what fails: sums in the switch -------------------------------------------------------------------------------
+
+#[test]
+fn an_arrival_that_overtakes_the_inputs_it_speaks_of_is_rejected() {
+    let config = Config::shipped(2, &[SWITCH_1]).mutant(Mutant::ArrivalWithoutInputs, 2);
+    fails("switch: arrival without release", &config, Order::Breadth);
+}
+
+#[test]
+fn a_load_through_the_switch_before_the_arrivals_were_seen_is_rejected() {
+    let config = Config::shipped(2, &[SWITCH_1]).mutant(Mutant::LoadWithoutAcquire, 2);
+    fails("switch: load without acquire", &config, Order::Breadth);
+}
+
+#[test]
+fn an_arrival_for_a_block_that_has_not_laid_out_all_its_input_is_rejected() {
+    let config = Config::shipped(2, &[SWITCH_WIDE]).shapes(&[Shape::TWO_THREADS]);
+    let config = config.mutant(Mutant::AnnouncedBeforeBarrier, 2);
+    fails("switch: announced before the barrier", &config.eager(), Order::Breadth);
+}
+
+#[test]
+fn arrivals_known_by_the_block_that_sends_them_are_rejected() {
+    let shapes = [Shape::SINGLE, Shape::TWO_BLOCKS];
+    let config = Config::shipped(2, &[SWITCH_3]).shapes(&shapes).mutant(Mutant::ArrivalsByBlock, 2);
+    fails("switch: arrivals by block", &config.eager(), Order::Breadth);
+}
+
+#[test]
+fn a_rank_that_does_not_wait_for_its_own_input_is_rejected() {
+    let config = Config::shipped(2, &[SWITCH_1]).mutant(Mutant::OwnArrivalSkipped, 2);
+    fails("switch: own arrival skipped", &config, Order::Breadth);
+}
+
+#[test]
+fn arrivals_that_are_not_rearmed_are_rejected() {
+    let config = Config::shipped(2, &[SWITCH_1]).mutant(Mutant::ArrivalsNotRearmed, 4);
+    fails("switch: arrivals of three launches ago", &config.eager(), Order::Breadth);
+}
+
+#[test]
+fn arrivals_rearmed_while_the_block_still_polls_them_are_rejected() {
+    let config = Config::shipped(2, &[SWITCH_WIDE]).shapes(&[Shape::TWO_THREADS]);
+    let config = config.mutant(Mutant::ArrivalsRearmedEarly, 2);
+    fails("switch: no barrier before the re-arm", &config.eager(), Order::Breadth);
+}
+
+#[test]
+fn inputs_rearmed_before_every_owner_has_loaded_them_are_rejected() {
+    let config = Config::shipped(2, &[SWITCH_2]).mutant(Mutant::InputsRearmedEarly, 2);
+    fails("switch: inputs re-armed too early", &config.eager(), Order::Breadth);
+}
+
+#[test]
+fn inputs_that_are_not_rearmed_are_rejected() {
+    let config = Config::shipped(2, &[SWITCH_2, TWO_2]).mutant(Mutant::InputsNotRearmed, 4).sequence(&[0, 0, 0, 1]);
+    fails("switch: an input taken for a share of a shard", &config.eager(), Order::Breadth);
+}
+
+#[test]
+fn one_stage_for_sums_in_the_switch_is_rejected() {
+    let config = Config::shipped(2, &[SWITCH_1]).stages(1).mutant(Mutant::Configuration, 2);
+    fails("switch: one stage", &config, Order::Breadth);
+}
+
 // ---- what fails: the lagged variant -------------------------------------------------------------------------------
 
 #[test]
@@ -305,6 +405,18 @@ fn two_ranks_hold_in_every_interleaving_with_more_calls_and_shapes() {
     holds("lagged, 2 ranks, every step, 4 launches", &Config::lagged(2, &[ONE_1]).every_step().launches(4));
     let config = Config::lagged(2, &[ONE_1, TWO_1]).shapes(&shapes).every_landing();
     holds("lagged, 2 ranks, 2 shapes, every landing", &config);
+}
+
+#[test]
+#[ignore = "minutes; release profile"]
+fn sums_in_the_switch_hold_with_more_lines_and_shapes() {
+    let shapes = [Shape::SINGLE, Shape::TWO_BLOCKS];
+    let config = Config::shipped(2, &[SWITCH_1, SWITCH_2]).shapes(&shapes).every_landing();
+    holds("switch, 2 ranks, 2 shapes, every landing", &config);
+    let wide = Config::shipped(2, &[SWITCH_WIDE]).shapes(&[Shape::TWO_THREADS]);
+    holds("switch, 2 ranks, two threads to a chunk, every landing", &wide.every_landing());
+    let calls = [SWITCH_1, SWITCH_2, TWO_2.multicast(), ONE_2.multicast()];
+    holds("switch and others, 3 ranks, 2 shapes", &Config::shipped(3, &calls).shapes(&shapes));
 }
 
 #[test]

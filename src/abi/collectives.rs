@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::deferred::{self, First, defers, refused};
 use super::exchange::{StockExchange, retain};
 use super::order::behind_earlier_stock;
-use super::{Code, code, group, guard, inside, record_at_exit, result_of, stock, transparent, watch_forks};
+use super::{Code, code, group, guard, inside, record_at_exit, result_of, stock, thread, transparent, watch_forks};
 use crate::call::{Call, DataType, ReduceOp};
 use crate::comm::{self, Buffers, Communicator, Ready, State, lost};
 use crate::config::Config;

@@ -4,6 +4,7 @@
 use std::ffi::{CStr, c_int, c_uint, c_void};
 
 use super::collectives::in_order;
+use super::deferred::refused;
 use super::{Code, absent, group, guard, stock, transparent};
 use crate::comm;
 use crate::driver::RawStream;
@@ -20,7 +21,10 @@ fn one_sided(stock: &'static Stock, comm: Comm, stream: Stream, call: impl FnOnc
         return group::pass(stock, &comm::find(comm as usize), (comm, queue), false, call);
     }
     match comm::known(comm as usize) {
-        Some(communicator) => in_order(&communicator, queue, call),
+        Some(communicator) => match refused(&communicator) {
+            Some(refused) => refused,
+            None => in_order(&communicator, queue, call),
+        },
         None => call(),
     }
 }

@@ -33,7 +33,7 @@ pub(super) fn behind_earlier_stock(
     }
     let result = inside(|nccl| send_to_itself(nccl, ready, comm, stream), stock);
     if result == code::SUCCESS {
-        return super::collectives::behind_stock(communicator, stream);
+        return super::collectives::behind_stock(communicator, stream, false);
     }
     warning!(ready.device(), "stock NCCL gave {result} for a message of a rank to itself, on a call's new stream");
     Err(result)

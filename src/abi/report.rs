@@ -71,6 +71,8 @@ pub struct Description {
     pub oneshot_bytes: u64,
     /// Largest payload of two-shot.
     pub twoshot_bytes: u64,
+    /// Smallest payload above one-shot's whose sum the switch makes; 2^64 - 1 where it makes none.
+    pub switch_bytes: u64,
 }
 
 /// What is known of a communicator; nothing is made known or set up by asking.
@@ -95,6 +97,7 @@ fn describe(comm: usize) -> Description {
         blocks: agreement.blocks,
         oneshot_bytes: agreement.oneshot_bytes,
         twoshot_bytes: agreement.twoshot_bytes,
+        switch_bytes: agreement.switch_bytes,
     }
 }
 

@@ -27,6 +27,7 @@ fn range_name(algorithm: Algorithm) -> &'static CStr {
     match algorithm {
         Algorithm::OneShot => c"twoshot: AllReduce, one-shot",
         Algorithm::TwoShot => c"twoshot: AllReduce, two-shot",
+        Algorithm::Switch => c"twoshot: AllReduce, two-shot in the switch",
     }
 }
 

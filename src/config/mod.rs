@@ -52,6 +52,8 @@ pub struct Config {
     pub memory: Option<u64>,
     /// `TWOSHOT_MULTICAST`, off too where `NCCL_NVLS_ENABLE=0` or where `NCCL_ALGO` excludes NVLS.
     pub multicast: bool,
+    /// `TWOSHOT_SWITCH_REDUCE`: sums may be made by the switch, with other roundings.
+    pub switch_reduce: bool,
     /// `TWOSHOT_TIMEOUT_MS`: deadline of a kernel's wait; 0 waits like stock NCCL.
     pub timeout_ms: u64,
     /// `TWOSHOT_SETUP_TIMEOUT_MS`: deadline of one step of a communicator's set-up.
@@ -119,7 +121,12 @@ impl Config {
         let algorithm = choice(
             var,
             "TWOSHOT_ALGO",
-            &[("auto", None), ("oneshot", Some(Algorithm::OneShot)), ("twoshot", Some(Algorithm::TwoShot))],
+            &[
+                ("auto", None),
+                ("oneshot", Some(Algorithm::OneShot)),
+                ("twoshot", Some(Algorithm::TwoShot)),
+                ("switch", Some(Algorithm::Switch)),
+            ],
         )?;
         let nvls = nccl_switch(var, "NCCL_NVLS_ENABLE").unwrap_or(true)
             && !string(var, "NCCL_ALGO").is_some_and(|value| excludes_nvls(&value));
@@ -134,6 +141,7 @@ impl Config {
             max_blocks: integer(var, "TWOSHOT_MAX_BLOCKS", 1, 256)?.map(|n| u32::try_from(n).unwrap_or(256)),
             memory: bytes(var, "TWOSHOT_MEMORY")?,
             multicast: switch(var, "TWOSHOT_MULTICAST")?.unwrap_or(true) && nvls,
+            switch_reduce: switch(var, "TWOSHOT_SWITCH_REDUCE")?.unwrap_or(default.switch_reduce),
             timeout_ms: integer(var, "TWOSHOT_TIMEOUT_MS", 0, 86_400_000)?.unwrap_or(0),
             setup_timeout_ms: integer(var, "TWOSHOT_SETUP_TIMEOUT_MS", 100, 3_600_000)?
                 .unwrap_or(default.setup_timeout_ms),
@@ -171,13 +179,14 @@ impl Config {
     }
 
     /// A number that is the same on two ranks exactly when the settings that must agree are the same.
-    /// What merges (block budget, multicast, time-outs, identity of the host) is left out, and so is the tuning file,
+    /// What merges (block budget, multicast, sums in the switch, time-outs, identity of the host) is left out, and so is the tuning file,
     /// which has a vote of its own.
     pub fn digest(&self) -> u64 {
         let algorithm = match self.algorithm {
             None => 0,
             Some(Algorithm::OneShot) => 1,
             Some(Algorithm::TwoShot) => 2,
+            Some(Algorithm::Switch) => 3,
         };
         let words = [
             algorithm,
@@ -206,6 +215,7 @@ impl Default for Config {
             max_blocks: None,
             memory: None,
             multicast: true,
+            switch_reduce: false,
             timeout_ms: 0,
             setup_timeout_ms: 20_000,
             host_id: None,

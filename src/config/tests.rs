@@ -114,12 +114,32 @@ fn the_users_nccl_switches_are_obeyed() {
 #[test]
 fn ranks_with_different_limits_have_different_digests_and_merged_settings_do_not_count() {
     let base = parse(&[]).unwrap().digest();
-    for pair in [("TWOSHOT_MAX_BYTES", "1M"), ("TWOSHOT_ALGO", "oneshot"), ("TWOSHOT_MIN_BYTES", "1")] {
+    let limits = [
+        ("TWOSHOT_MAX_BYTES", "1M"),
+        ("TWOSHOT_ALGO", "oneshot"),
+        ("TWOSHOT_ALGO", "switch"),
+        ("TWOSHOT_MIN_BYTES", "1"),
+    ];
+    for pair in limits {
         assert_ne!(parse(&[pair]).unwrap().digest(), base, "{pair:?}");
     }
-    for pair in [("TWOSHOT_MAX_BLOCKS", "3"), ("TWOSHOT_MULTICAST", "0"), ("TWOSHOT_TIMEOUT_MS", "5")] {
+    let merged = [
+        ("TWOSHOT_MAX_BLOCKS", "3"),
+        ("TWOSHOT_MULTICAST", "0"),
+        ("TWOSHOT_SWITCH_REDUCE", "1"),
+        ("TWOSHOT_TIMEOUT_MS", "5"),
+    ];
+    for pair in merged {
         assert_eq!(parse(&[pair]).unwrap().digest(), base, "{pair:?}");
     }
+}
+
+#[test]
+fn sums_in_the_switch_are_off_unless_they_are_asked_for() {
+    assert!(!parse(&[]).unwrap().switch_reduce);
+    assert!(parse(&[("TWOSHOT_SWITCH_REDUCE", "1")]).unwrap().switch_reduce);
+    assert!(!parse(&[("TWOSHOT_ALGO", "switch")]).unwrap().switch_reduce);
+    assert!(parse(&[("TWOSHOT_SWITCH_REDUCE", "please")]).is_err());
 }
 
 #[test]

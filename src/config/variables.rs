@@ -46,7 +46,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "TWOSHOT_ALGO",
         "auto",
-        "`oneshot` or `twoshot` uses only that algorithm, for the sizes it can hold. Must be the same on all ranks.",
+        "`oneshot` or `twoshot` uses only that algorithm, for the sizes it can hold; `switch` is `twoshot` whose sums of f32, f16 and bf16 of any size are made in the switch, where the ranks agreed on that (`TWOSHOT_SWITCH_REDUCE`). Must be the same on all ranks.",
     ),
     variable("TWOSHOT_MIN_BYTES", "0", "Payloads below go to stock NCCL. Must be the same on all ranks."),
     variable(
@@ -71,6 +71,11 @@ pub const VARIABLES: &[Variable] = &[
         "Cross-over rows that `twoshot tune` wrote; they replace the built-in table, the limits above replace them. Used where all ranks have the same rows; a file that cannot be used is named and ignored by all.",
     ),
     variable("TWOSHOT_MULTICAST", "1", "`0` keeps every multicast call away. One rank with `0` is enough."),
+    variable(
+        "TWOSHOT_SWITCH_REDUCE",
+        "0",
+        "`1` lets the NVLink switch add up sums of f32, f16 and bf16, at the sizes where a model sees it win over two-shot and stock NCCL (`docs/scaling.md`). Results then differ in rounding from all others, though not between ranks (`docs/numerics.md`). Used where every rank has `1` and the ranks have multicast. Has never run on hardware.",
+    ),
     variable(
         "TWOSHOT_TIMEOUT_MS",
         "0",

@@ -49,6 +49,8 @@ const _: () = {
     assert!(abi::TWOSHOT_MAX_BLOCKS == layout::MAX_BLOCKS);
     assert!(abi::TWOSHOT_MAX_THREADS == layout::MAX_THREADS);
     assert!(abi::TWOSHOT_SLOT_LINES as u64 == layout::LINES_ALIGN);
+    assert!(abi::TWOSHOT_CHUNK_LINES as u64 == layout::CHUNK_LINES);
+    assert!(abi::TWOSHOT_LINE_FLAGS as u64 == layout::LINE_FLAGS);
 };
 
 #[repr(align(16))]
@@ -103,16 +105,18 @@ impl Module {
     }
 
     /// Finds the kernels one communicator can ever pick and makes the driver load their code now: a first launch
-    /// that loads code may wait for the whole device while a peer's kernel spins on ours.
-    pub fn kernels(self: &Arc<Self>, ranks: u32, multicast: bool) -> Result<Kernels> {
+    /// that loads code may wait for the whole device while a peer's kernel spins on ours. `switch`: those whose sums the
+    /// switch makes too, which need multicast.
+    pub fn kernels(self: &Arc<Self>, ranks: u32, multicast: bool, switch: bool) -> Result<Kernels> {
         let api = self.context.api();
         let _entered = self.context.enter()?;
-        let world = |class: Class| match ranks {
-            2 | 4 | 8 if class.specialised() => ranks.to_string(),
+        let world = |algorithm: Algorithm, class: Class| match ranks {
+            2 | 4 | 8 if class.specialised() && algorithm != Algorithm::Switch => ranks.to_string(),
             _ => "n".to_owned(),
         };
+        let made = |algorithm: Algorithm, class: Class| algorithm != Algorithm::Switch || switch && class.specialised();
         let wire = if multicast { "mc" } else { "uc" };
-        let mut functions = [[std::ptr::null_mut(); CLASSES]; 2];
+        let mut functions = [[std::ptr::null_mut(); CLASSES]; ALGORITHMS];
         let mut passes = [std::ptr::null_mut(); CLASSES];
         let mut resident = u32::MAX;
         let mut load = |function: &mut sys::CUfunction, name: String| -> Result<()> {
@@ -131,8 +135,9 @@ impl Module {
             Ok(())
         };
         for (row, algorithm) in functions.iter_mut().zip(Algorithm::ALL) {
-            for (function, class) in row.iter_mut().zip(Class::ALL) {
-                load(function, format!("twoshot_{}_{}_{}_{wire}", algorithm.name(), class.name(), world(class)))?;
+            for (function, class) in row.iter_mut().zip(Class::ALL).filter(|(_, class)| made(algorithm, *class)) {
+                let world = world(algorithm, class);
+                load(function, format!("twoshot_{}_{}_{world}_{wire}", algorithm.name(), class.name()))?;
             }
         }
         for (function, class) in passes.iter_mut().zip(Class::ALL).filter(|(_, class)| class.scales()) {
@@ -157,11 +162,12 @@ impl Drop for Module {
 }
 
 const CLASSES: usize = Class::ALL.len();
+const ALGORITHMS: usize = Algorithm::ALL.len();
 
-/// The kernels of one communicator: algorithm by class.
+/// The kernels of one communicator: algorithm by class, null where there is none.
 pub struct Kernels {
     module: Arc<Module>,
-    functions: [[sys::CUfunction; CLASSES]; 2],
+    functions: [[sys::CUfunction; CLASSES]; ALGORITHMS],
     /// Before a pre-multiplied sum, by class; none for a class that has none.
     passes: [sys::CUfunction; CLASSES],
     resident_per_sm: u32,
@@ -327,11 +333,11 @@ pub struct Fault {
     pub kind: u32,
     /// Launches of the communicator before this one.
     pub epoch: u32,
-    /// 1 one-shot, 2 two-shot.
+    /// 1 one-shot, 2 two-shot, 3 two-shot with the switch's sums.
     pub kernel: u32,
     /// The first peer whose data was missing.
     pub peer: u32,
-    /// 1 scatter (or one-shot's only phase), 2 broadcast.
+    /// 1 scatter (or one-shot's only phase, or the switch's arrivals), 2 broadcast.
     pub phase: u32,
     /// The missing line inside that peer's slot.
     pub line: u64,
@@ -355,7 +361,11 @@ impl std::fmt::Display for Fault {
             4 => return write!(f, "a launch of {} elements that failed: the peers may have made it", self.count),
             _ => "an unknown fault",
         };
-        let kernel = if self.kernel == 1 { "one-shot" } else { "two-shot" };
+        let kernel = match self.kernel {
+            1 => "one-shot",
+            3 => "two-shot in the switch",
+            _ => "two-shot",
+        };
         let stage = if self.phase == 2 { "broadcast" } else { "scatter" };
         write!(
             f,

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{B200, Case, Error, GB200, Gpu, H100, Parameters, Point, What, check, left_out, limits};
+use super::{B200, Case, Error, GB200, Gpu, H100, Parameters, Point, What, check, left_out, limits, switch_limits};
 
 /// The block budget of all predictions, the one that is shipped.
 const BLOCKS: u32 = 32;
@@ -25,6 +25,7 @@ pub fn tables(parameters: &Parameters, points: &[Point]) -> String {
     let _ = calibration(&mut text, parameters, points)
         .and_then(|()| predictions(&mut text, parameters))
         .and_then(|()| crossings(&mut text, parameters))
+        .and_then(|()| in_switch(&mut text, parameters))
         .and_then(|()| comparison(&mut text, parameters));
     text
 }
@@ -102,6 +103,36 @@ fn crossings(text: &mut String, p: &Parameters) -> std::fmt::Result {
     Ok(())
 }
 
+/// What adding in the switch is predicted to bring.
+fn in_switch(text: &mut String, p: &Parameters) -> std::fmt::Result {
+    writeln!(
+        text,
+        "\n### Predicted, and verified by nothing: two-shot / two-shot whose sums the switch makes, in us\n"
+    )?;
+    writeln!(
+        text,
+        "Payloads that a GPU's link carries in one direction by either, times, and the payloads from which"
+    )?;
+    writeln!(text, "and to which `TWOSHOT_SWITCH_REDUCE=1` takes it.\n")?;
+    let sizes = [64 << 10, 256 << 10, 1 << 20, 2 << 20, 4 << 20];
+    writeln!(text, "| GPUs | ranks | link | {} | taken from | to |", sizes.map(size).join(" | "))?;
+    writeln!(text, "|---|---:|---:|{}---:|---:|", "---:|".repeat(sizes.len()))?;
+    for (name, gpu, ranks, _) in worlds().filter(|(.., multicast)| *multicast) {
+        let cells = sizes.map(|bytes| {
+            let of = |what| time(p, what, gpu, (ranks, true), bytes);
+            format!("{:.1} / {:.1}", of(What::TwoShot), of(What::Switch))
+        });
+        let n = f64::from(ranks);
+        let link = format!("{:.2} / {:.2}", 2.0 * (n - 1.0) / n, 1.0 + 1.0 / n);
+        let from = match switch_limits(p, gpu, ranks, BLOCKS) {
+            (_, 0) => "never | ".to_owned(),
+            (from, to) => format!("{} | {}", size(from), size(to)),
+        };
+        writeln!(text, "| {name} | {ranks} | {link} | {} | {from} |", cells.join(" | "))?;
+    }
+    Ok(())
+}
+
 fn comparison(text: &mut String, p: &Parameters) -> std::fmt::Result {
     writeln!(text, "\n### Against what others published\n")?;
     writeln!(text, "| source | what | GPUs | bytes | published us | predicted us | error | what differs |")?;
@@ -110,6 +141,7 @@ fn comparison(text: &mut String, p: &Parameters) -> std::fmt::Result {
         let what = match known.case.what {
             What::OneShot => "one-shot",
             What::TwoShot => "two-shot",
+            What::Switch => "two-shot in the switch",
             What::Stock => "stock",
         };
         let predicted = p.time(&known.case);

@@ -15,7 +15,7 @@ use crate::call::{Call, Class, DataType, Factor, ReduceOp};
 use crate::driver::{Args, Context, Event, Kernels, Launch, Multiply, RawStream, Scratch, Stream};
 use crate::error::{Error, Result};
 use crate::layout::Algorithm;
-use crate::route::{Agreement, Plan, Route, decide, pass};
+use crate::route::{Agreement, NEVER, Plan, Route, decide, pass};
 use crate::steps::bounded;
 use crate::workspace::Workspace;
 
@@ -80,12 +80,14 @@ pub fn check(
 fn plan(algorithm: Algorithm, class: Class, agreement: &Agreement) -> Option<(Plan, u64)> {
     let (dtype, op) = sample(class);
     let size = dtype.size()?;
-    let (oneshot_bytes, twoshot_bytes) = match algorithm {
-        Algorithm::OneShot => (agreement.oneshot_bytes, 0),
-        Algorithm::TwoShot => (0, agreement.twoshot_bytes),
+    let (oneshot_bytes, twoshot_bytes, switch_bytes) = match algorithm {
+        Algorithm::OneShot => (agreement.oneshot_bytes, 0, NEVER),
+        Algorithm::TwoShot => (0, agreement.twoshot_bytes, NEVER),
+        Algorithm::Switch if agreement.switch_bytes == NEVER || !class.specialised() => return None,
+        Algorithm::Switch => (0, agreement.twoshot_bytes, 0),
     };
     let count = COUNT.min(class.packing().payload(oneshot_bytes.max(twoshot_bytes)) / size);
-    let forced = Agreement { oneshot_bytes, twoshot_bytes, min_bytes: 0, ..*agreement };
+    let forced = Agreement { oneshot_bytes, twoshot_bytes, switch_bytes, min_bytes: 0, ..*agreement };
     match decide(&Call { count, dtype, op }, &forced) {
         Route::Routed(plan) => Some((plan, count)),
         Route::Stock(_) => None,
@@ -135,7 +137,7 @@ impl Bench {
     fn multiply(&self, kernels: &Kernels, class: Class, budget: Budget) -> Result<()> {
         const TIMES: f32 = 2.0;
         let (dtype, _) = sample(class);
-        let mine = payload(dtype, COUNT, |i| value(self.args.rank, 0, i));
+        let mine = payload(dtype, COUNT, |i| value(self.args.rank, 0, i, 30));
         let mut factor = payload(dtype, 1, |_| TIMES);
         factor.resize(8, 0);
         self.input.write(0, &mine, &self.stream)?;
@@ -148,7 +150,7 @@ impl Bench {
         };
         let (input, output) = (self.input.address(), self.output.address());
         let pass = pass(input, output, COUNT, dtype.size().unwrap_or(0));
-        Multiply { kernels, class, dtype, factor, pass, dependent: false }.on(
+        Multiply { kernels, class, dtype, factor, pass, dependent: false, trigger: false }.on(
             self.stream.as_raw(),
             input,
             output,
@@ -159,7 +161,7 @@ impl Bench {
         }
         let mut got = vec![0; mine.len()];
         self.output.read(0, &mut got, &self.stream)?;
-        let expected = payload(dtype, COUNT, |i| value(self.args.rank, 0, i) * TIMES);
+        let expected = payload(dtype, COUNT, |i| value(self.args.rank, 0, i, 30) * TIMES);
         match got.iter().zip(&expected).position(|(got, expected)| got != expected) {
             None => Ok(()),
             Some(at) => Err(Error::WrongAnswer(format!("product {}, byte {at} of {}", class.name(), got.len()))),
@@ -175,8 +177,9 @@ impl Bench {
         round: u32,
         budget: Budget,
     ) -> Result<()> {
-        let rank = self.args.rank;
-        let mine = payload(plan.dtype, count, |i| value(rank, round, i));
+        let (rank, ranks) = (self.args.rank, self.args.ranks);
+        let most = largest(plan.algorithm, ranks);
+        let mine = payload(plan.dtype, count, |i| value(rank, round, i, most));
         self.input.write(0, &mine, &self.stream)?;
         self.output.write(0, &vec![0xA5; mine.len()], &self.stream)?;
         let args = Args { in_: self.input.address(), out: self.output.address(), count, ..self.args };
@@ -194,7 +197,7 @@ impl Bench {
         }
         let mut got = vec![0; mine.len()];
         self.output.read(0, &mut got, &self.stream)?;
-        let all = |i| (0..self.args.ranks).map(move |r| value(r, round, i));
+        let all = |i| (0..ranks).map(move |r| value(r, round, i, most));
         let expected = payload(plan.dtype, count, |i| match plan.op {
             ReduceOp::MAX => all(i).fold(f32::MIN, f32::max),
             _ => all(i).sum(),
@@ -225,10 +228,18 @@ fn sample(class: Class) -> (DataType, ReduceOp) {
     }
 }
 
-/// Small integers: their sum over any number of ranks is exact in f32, so the order of addition cannot matter and
+/// Integers up to `most`: their sum over any number of ranks is exact in f32, so the order of addition cannot matter and
 /// only the last rounding counts.
-fn value(rank: u32, round: u32, i: u64) -> f32 {
-    ((i * 7 + u64::from(rank) * 13 + u64::from(round) * 29) % 61) as f32 - 30.0
+fn value(rank: u32, round: u32, i: u64, most: u32) -> f32 {
+    ((i * 7 + u64::from(rank) * 13 + u64::from(round) * 29) % u64::from(2 * most + 1)) as f32 - most as f32
+}
+
+/// The switch's last rounding is not ours to know: no sum, nor part of one, is beyond 256, to which bf16 holds integers.
+fn largest(algorithm: Algorithm, ranks: u32) -> u32 {
+    match algorithm {
+        Algorithm::Switch => (256 / ranks.max(1)).clamp(1, 30),
+        _ => 30,
+    }
 }
 
 fn payload(dtype: DataType, count: u64, value: impl Fn(u64) -> f32) -> Vec<u8> {

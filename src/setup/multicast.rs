@@ -154,6 +154,7 @@ fn bind(
         Source::Shared(_) => None,
     });
     let (memory, module, align) = (workspace.own_memory(), Arc::clone(&parts.module), parts.align);
+    let switch = parts.domain.switch_reduce;
     let bound = source.and_then(|source| {
         bounded("binding memory to the multicast object", parts.deadline, move || {
             let claim = match source {
@@ -161,7 +162,7 @@ fn bind(
                 Source::Shared(claim) => claim,
             };
             let part = claim.bind(&memory)?;
-            let kernels = module.kernels(ranks, true)?;
+            let kernels = module.kernels(ranks, true, switch)?;
             // The block budget stands: at most one block on each multiprocessor, if one fits.
             if kernels.resident_per_sm() == 0 {
                 return Err(Error::Bug("no block of a multicast kernel fits a multiprocessor"));

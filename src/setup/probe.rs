@@ -127,6 +127,7 @@ pub fn facts(
             facts.process = process.unwrap_or_default();
             // A fabric that has not finished must not see a multicast call: it can fail for good or block.
             facts.multicast = device.multicast && config.multicast && fabric.completed && process.is_some();
+            facts.switch_reduce = config.switch_reduce;
             facts.mnnvl = config.mnnvl;
             facts.shared_gpu = config.shared_gpu;
             facts.fabric = overridden(fabric, config);

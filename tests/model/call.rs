@@ -3,6 +3,8 @@
 //! Offsets follow the shipped layout with a rounding unit of one line instead of eight, so that two ranks can own
 //! non-empty shards with very few lines (with eight, every call small enough to model would give all lines to rank 0).
 
+use super::config::Mutant;
+
 /// Which AllReduce a call uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Algorithm {
@@ -10,6 +12,8 @@ pub enum Algorithm {
     OneShot,
     /// Scatter, reduce the own shard, broadcast it.
     TwoShot,
+    /// Lay the input out in the own window, announce it, load the own shard from all windows at once, broadcast it.
+    Switch,
 }
 
 /// One AllReduce, the same on every rank.
@@ -19,15 +23,21 @@ pub struct Call {
     pub lines: u8,
     /// One store reaches every window, the sender's own one included.
     pub multicast: bool,
+    /// Line indices of a shard that are announced together (`kernels/switch.cuh`); blocks have a multiple of it.
+    pub chunk: u8,
 }
 
 impl Call {
     pub const fn one_shot(lines: u8) -> Self {
-        Self { algorithm: Algorithm::OneShot, lines, multicast: false }
+        Self { algorithm: Algorithm::OneShot, lines, multicast: false, chunk: 1 }
     }
 
     pub const fn two_shot(lines: u8) -> Self {
-        Self { algorithm: Algorithm::TwoShot, lines, multicast: false }
+        Self { algorithm: Algorithm::TwoShot, lines, multicast: false, chunk: 1 }
+    }
+
+    pub const fn switch(lines: u8, chunk: u8) -> Self {
+        Self { algorithm: Algorithm::Switch, lines, multicast: true, chunk }
     }
 
     pub const fn multicast(self) -> Self {
@@ -48,6 +58,7 @@ impl Call {
         match self.algorithm {
             Algorithm::OneShot => ranks * self.lines,
             Algorithm::TwoShot => 2 * ranks * self.shard(ranks),
+            Algorithm::Switch => 2 * ranks * self.shard(ranks) + self.shard(ranks).div_ceil(self.chunk) * ranks,
         }
     }
 }
@@ -74,8 +85,10 @@ impl Shape {
 pub enum Op {
     /// Read the epoch (and, in the lagged variant, the dirty size) from device memory.
     Read,
-    /// Wait until every thread of the block is here: each has read the epoch.
+    /// Wait until every thread of the block is here: each has read the epoch (and laid out its input).
     Barrier,
+    /// The same at the end of a switch call's second phase: each has seen its arrivals.
+    SecondBarrier,
     /// Write epoch + 1 into the replicas of this block.
     Advance,
     /// Lagged variant: clear this thread's share of the stage to be cleared.
@@ -84,8 +97,35 @@ pub enum Op {
     Arrive,
     /// Send one line to the rank, or to all other ranks, or (multicast) to all ranks.
     Push { to: Target, line: u8 },
-    /// Wait for these lines in any order; `own_shard` tells scatter from broadcast.
-    Poll { set: PollSet, own_shard: bool },
+    /// Send an arrival, once the inputs it speaks of have reached the own memory (release).
+    Announce { to: u8, line: u8, inputs: Inputs },
+    /// Wait for these lines in any order.
+    Poll { set: PollSet, what: Polled },
+    /// Load this line from every window, in any order, as the switch does.
+    Load { line: u8 },
+    /// Store the sentinel to this line of the own window.
+    Rearm { line: u8 },
+}
+
+/// Lines `first .. first + len` of every shard, of `shard` lines each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Inputs {
+    pub shard: u8,
+    pub first: u8,
+    pub len: u8,
+}
+
+/// What is polled, which says what is re-armed with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Polled {
+    Scatter,
+    Broadcast,
+    /// Re-armed by the block, later.
+    Arrivals,
+    /// Results of a switch call: with each the own input that is in it, so many lines before.
+    Results {
+        inputs: u8,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,6 +166,8 @@ pub struct Style {
     pub arrival_release: bool,
     /// Multicast calls also poll the copy that the sender stored into its own window.
     pub poll_own_copy: bool,
+    /// The fault of a switch call, if it is in what threads do.
+    pub mutant: Option<Mutant>,
 }
 
 /// The program of one thread.
@@ -138,11 +180,15 @@ pub fn program(call: Call, shape: Shape, rank: u8, thread: u8, style: Style) -> 
     let mut work = match call.algorithm {
         Algorithm::OneShot => one_shot(call, shape, rank, thread, style),
         Algorithm::TwoShot => two_shot(call, shape, rank, thread, style),
+        Algorithm::Switch => switch(call, shape, rank, thread, style),
     }
     .into_iter()
     .peekable();
     // The epoch is written behind the first pushes, where their latency hides the barrier.
-    while let Some(push) = work.next_if(|op| matches!(op, Op::Push { .. })) {
+    let early = style.mutant == Some(Mutant::AnnouncedBeforeBarrier);
+    while let Some(push) =
+        work.next_if(|op| matches!(op, Op::Push { .. }) || early && matches!(op, Op::Announce { .. }))
+    {
         ops.push(push);
     }
     if style.lagged {
@@ -176,8 +222,10 @@ fn one_shot(call: Call, shape: Shape, rank: u8, thread: u8, style: Style) -> Vec
     let (mut ops, mut polls) = (Vec::new(), Vec::new());
     for i in (thread..call.lines).step_by(stride) {
         ops.push(Op::Push { to: to_everyone(call), line: rank * call.lines + i });
-        let poll =
-            Op::Poll { set: PollSet::collect(senders(call, rank, style).map(|r| r * call.lines + i)), own_shard: true };
+        let poll = Op::Poll {
+            set: PollSet::collect(senders(call, rank, style).map(|r| r * call.lines + i)),
+            what: Polled::Scatter,
+        };
         if style.interleaved {
             ops.push(poll);
         } else {
@@ -204,14 +252,67 @@ fn two_shot(call: Call, shape: Shape, rank: u8, thread: u8, style: Style) -> Vec
     }
     for i in mine().filter(|&i| i < call.shard_len(ranks, rank)) {
         let peers = (0..ranks).filter(|&r| r != rank);
-        ops.push(Op::Poll { set: PollSet::collect(peers.map(|r| r * shard + i)), own_shard: true });
+        ops.push(Op::Poll { set: PollSet::collect(peers.map(|r| r * shard + i)), what: Polled::Scatter });
         ops.push(Op::Push { to: to_everyone(call), line: ranks * shard + rank * shard + i });
     }
     for i in mine() {
         let filled = senders(call, rank, style).filter(|&r| i < call.shard_len(ranks, r));
         let set = PollSet::collect(filled.map(|r| ranks * shard + r * shard + i));
         if set.len > 0 {
-            ops.push(Op::Poll { set, own_shard: false });
+            ops.push(Op::Poll { set, what: Polled::Broadcast });
+        }
+    }
+    ops
+}
+
+fn switch(call: Call, shape: Shape, rank: u8, thread: u8, style: Style) -> Vec<Op> {
+    let (ranks, shard, chunk) = (style.ranks, call.shard(style.ranks), call.chunk);
+    let (block, lane) = (thread / shape.block, thread % shape.block);
+    assert!(shape.block.is_multiple_of(chunk) && (shape.block == 1 || shard <= shape.block), "one tile, or no barrier");
+    let has = |mutant| style.mutant == Some(mutant);
+    let exists = |r: u8, i: u8| i < call.shard_len(ranks, r);
+    let tiles = || (block * shape.block..shard).step_by(shape.threads() as usize);
+    let mine = || tiles().map(move |tile| tile + lane);
+    let arrivals = |i: u8| {
+        let keyed = if has(Mutant::ArrivalsByBlock) { block } else { i / chunk };
+        2 * ranks * shard + keyed * ranks
+    };
+    let everyone = || (0..ranks).filter(move |&r| r != rank || style.mutant != Some(Mutant::OwnArrivalSkipped));
+    let mut ops = Vec::new();
+    for (tile, i) in tiles().zip(mine()) {
+        for r in (0..ranks).filter(|&r| exists(r, i)) {
+            ops.push(Op::Push { to: Target::Rank(rank), line: r * shard + i });
+        }
+        for first in (tile..tile + shape.block).step_by(chunk as usize).filter(|_| lane == 0) {
+            for to in everyone().filter(|&r| exists(r, first)) {
+                let inputs = Inputs { shard, first, len: chunk };
+                ops.push(Op::Announce { to, line: arrivals(first) + rank, inputs });
+            }
+        }
+    }
+    for i in mine().filter(|&i| exists(rank, i)) {
+        let set = PollSet::collect(everyone().map(|r| arrivals(i) + r));
+        let (poll, load) = (Op::Poll { set, what: Polled::Arrivals }, Op::Load { line: rank * shard + i });
+        ops.extend(if has(Mutant::LoadWithoutAcquire) { [load, poll] } else { [poll, load] });
+        ops.push(Op::Push { to: Target::All, line: (ranks + rank) * shard + i });
+        for r in (0..ranks).filter(|&r| has(Mutant::InputsRearmedEarly) && exists(r, i)) {
+            ops.push(Op::Rearm { line: r * shard + i });
+        }
+    }
+    if shape.block > 1 && !has(Mutant::ArrivalsRearmedEarly) {
+        ops.push(Op::SecondBarrier);
+    }
+    for tile in tiles().filter(|_| lane == 0 && !has(Mutant::ArrivalsNotRearmed)) {
+        for first in (tile..tile + shape.block).step_by(chunk as usize).filter(|&first| exists(rank, first)) {
+            ops.extend(everyone().map(|r| Op::Rearm { line: arrivals(first) + r }));
+        }
+    }
+    let kept = has(Mutant::InputsRearmedEarly) || has(Mutant::InputsNotRearmed);
+    let what = if kept { Polled::Broadcast } else { Polled::Results { inputs: ranks * shard } };
+    for i in mine() {
+        let set = PollSet::collect((0..ranks).filter(|&r| exists(r, i)).map(|r| (ranks + r) * shard + i));
+        if set.len > 0 {
+            ops.push(Op::Poll { set, what });
         }
     }
     ops

@@ -43,6 +43,24 @@ pub enum Mutant {
     OwnCopyNotPolled,
     /// Rank 1 takes the other call of the pair (2k, 2k + 1) of the alphabet: ranks disagree on the algorithm.
     Disagreement,
+    /// Switch: an arrival may overtake the inputs it speaks of.
+    ArrivalWithoutInputs,
+    /// Switch: the load through the switch may be made before the arrivals were seen.
+    LoadWithoutAcquire,
+    /// Switch: a block announces before all its threads have laid out their input.
+    AnnouncedBeforeBarrier,
+    /// Switch: arrivals are known by the block that sends them, not by the lines they speak of.
+    ArrivalsByBlock,
+    /// Switch: a rank neither announces to itself nor waits for that.
+    OwnArrivalSkipped,
+    /// Switch: arrivals are not re-armed.
+    ArrivalsNotRearmed,
+    /// Switch: arrivals are re-armed while other threads of the block still poll them.
+    ArrivalsRearmedEarly,
+    /// Switch: inputs are re-armed behind the own load, not behind everybody's.
+    InputsRearmedEarly,
+    /// Switch: inputs are not re-armed.
+    InputsNotRearmed,
     /// Every step is as shipped; the configuration is the fault (stages, epoch modulus, a launch without lines).
     Configuration,
 }

@@ -1,7 +1,7 @@
 //! What one thread of a launch does: the kernel's side of the transition system.
 
-use super::call::{Op, PollSet, Shape, Target};
-use super::config::{Mutant, Variant};
+use super::call::{Inputs, Op, PollSet, Polled, Shape, Target};
+use super::config::{Mutant, Reduction, Variant};
 use super::machine::{Model, Outcome, Step, Violation, drain_epoch};
 use super::state::{MAX_THREADS, OLD, State, Thread, WORDS, Word};
 
@@ -37,8 +37,8 @@ impl Model {
                 let outcome = self.read_and_run(&mut next, a, t);
                 emit(step, self.finish(next, outcome));
             }
-            Op::Barrier => {
-                if self.barrier_open(state, a, t) {
+            Op::Barrier | Op::SecondBarrier => {
+                if self.barrier_open(state, a, t, op) {
                     let mut next = *state;
                     next.threads[a][t].pc += 1;
                     let outcome = self.run(&mut next, a, t);
@@ -52,8 +52,19 @@ impl Model {
                 let outcome = self.run(&mut next, a, t);
                 emit(step, self.finish(next, outcome));
             }
-            Op::Poll { set, own_shard } => self.poll_steps(state, a, t, set, own_shard, emit),
-            Op::Push { .. } | Op::Clear | Op::Advance => {
+            Op::Announce { to, line, inputs } => {
+                if self.landed(state, a, t, inputs) {
+                    let mut next = *state;
+                    let outcome = self.push(&mut next, a, t, Target::Rank(to), line).and_then(|()| {
+                        next.threads[a][t].pc += 1;
+                        self.run(&mut next, a, t)
+                    });
+                    emit(step, self.finish(next, outcome));
+                }
+            }
+            Op::Load { line } => self.load_steps(state, a, t, line, emit),
+            Op::Poll { set, what } => self.poll_steps(state, a, t, set, what, emit),
+            Op::Push { .. } | Op::Clear | Op::Advance | Op::Rearm { .. } => {
                 unreachable!("done together with the step before")
             }
         }
@@ -78,6 +89,11 @@ impl Model {
                 Some(&Op::Push { to, line }) => self.push(state, a, t, to, line)?,
                 Some(Op::Advance) => self.advance(state, a, t),
                 Some(Op::Clear) => self.clear(state, a, t)?,
+                Some(&Op::Rearm { line }) => self.rearm(state, a, t, line),
+                // What it waits for has landed: nothing is ever in flight.
+                Some(&Op::Announce { to, line, .. }) if self.reduced() => {
+                    self.push(state, a, t, Target::Rank(to), line)?
+                }
                 Some(Op::Read) if self.reduced() => self.read(state, a, t),
                 // Sound only because every thread of the launch has read by now: `launch` runs them all.
                 Some(Op::Barrier) if self.reduced() => {}
@@ -112,13 +128,13 @@ impl Model {
         thread.dirty = if lagged { dirty } else { 0 };
     }
 
-    fn barrier_open(&self, state: &State, a: usize, t: usize) -> bool {
+    fn barrier_open(&self, state: &State, a: usize, t: usize, barrier: Op) -> bool {
         let (shape, block) = self.block(state, a, t);
         let launch = state.threads[a][t].launch;
         let arrived = |other: usize| {
             let thread = state.threads[a][other];
             let ops = self.program(state, a, other, launch);
-            let at = ops.iter().position(|&op| op == Op::Barrier).map_or(0, |p| p + 1);
+            let at = ops.iter().position(|&op| op == barrier).map_or(0, |p| p + 1);
             thread.launch > launch || thread.pc as usize >= at
         };
         (0..shape.threads()).filter(|&o| o / shape.block == block).all(|o| arrived(o as usize))
@@ -226,7 +242,7 @@ impl Model {
         a: usize,
         t: usize,
         set: PollSet,
-        own_shard: bool,
+        what: Polled,
         emit: &mut impl FnMut(Step, Result<State, Violation>),
     ) {
         let stage = self.stage(state.threads[a][t].epoch - 1);
@@ -239,7 +255,7 @@ impl Model {
                 continue;
             }
             let mut next = *state;
-            let outcome = self.consume(&mut next, a, t, line, own_shard).and_then(|()| {
+            let outcome = self.consume(&mut next, a, t, line, what).and_then(|()| {
                 let thread = &mut next.threads[a][t];
                 thread.mask |= 1 << k;
                 if thread.mask + 1 == 1 << set.len {
@@ -254,11 +270,54 @@ impl Model {
         }
     }
 
-    /// Uses all words of the line, and re-arms it (immediate variant).
-    fn consume(&self, state: &mut State, a: usize, t: usize, line: u8, own_shard: bool) -> Outcome {
+    /// Whether all that this rank has stored into these inputs has reached its memory.
+    fn landed(&self, state: &State, a: usize, t: usize, inputs: Inputs) -> bool {
+        if self.config.has(Mutant::ArrivalWithoutInputs) {
+            return true;
+        }
+        let stage = self.stage(state.threads[a][t].epoch - 1);
+        let Inputs { shard, first, len } = inputs;
+        let mine = move |r| (first..(first + len).min(shard)).map(move |i| r * shard + i);
+        let lines = (0..self.config.ranks).flat_map(mine);
+        let mut words = lines.flat_map(|line| state.memory[self.size.index(self.window(a), stage, line as usize)]);
+        words.all(|word| !word.in_flight())
+    }
+
+    /// Each window's line is read at a moment of its own.
+    fn load_steps(
+        &self,
+        state: &State,
+        a: usize,
+        t: usize,
+        line: u8,
+        emit: &mut impl FnMut(Step, Result<State, Violation>),
+    ) {
+        let stage = self.stage(state.threads[a][t].epoch - 1) as u8;
+        for from in 0..self.config.ranks {
+            if state.threads[a][t].mask & (1 << from) != 0 {
+                continue;
+            }
+            let mut next = *state;
+            let window = self.window_of(self.communicator(a), from as usize);
+            let outcome = self.expect(&next, a, t, window, line).and_then(|()| {
+                let thread = &mut next.threads[a][t];
+                thread.mask |= 1 << from;
+                if thread.mask + 1 == 1 << self.config.ranks {
+                    thread.mask = 0;
+                    thread.pc += 1;
+                    return self.run(&mut next, a, t);
+                }
+                Ok(())
+            });
+            emit(Step::Load { actor: a as u8, thread: t as u8, from, stage, line }, self.finish(next, outcome));
+        }
+    }
+
+    /// That all words of the line in this window are this launch's.
+    fn expect(&self, state: &State, a: usize, t: usize, window: usize, line: u8) -> Outcome {
         let thread = state.threads[a][t];
         let stage = self.stage(thread.epoch - 1);
-        let index = self.size.index(self.window(a), stage, line as usize);
+        let index = self.size.index(window, stage, line as usize);
         for word in 0..WORDS {
             let found = state.memory[index][word].content();
             if found != self.tag(a, thread.launch) {
@@ -272,10 +331,35 @@ impl Model {
                 });
             }
         }
+        Ok(())
+    }
+
+    fn rearm(&self, state: &mut State, a: usize, t: usize, line: u8) {
+        let stage = self.stage(state.threads[a][t].epoch - 1);
+        let index = self.size.index(self.window(a), stage, line as usize);
+        for word in &mut state.memory[index] {
+            *word = word.with_pending();
+            // Peers load from here, so they could tell when it drains: at once is the moment that could do harm, and
+            // the full search has all others.
+            if self.config.reduction != Reduction::None {
+                *word = word.drained();
+            }
+        }
+    }
+
+    /// Uses all words of the line, and re-arms it (immediate variant).
+    fn consume(&self, state: &mut State, a: usize, t: usize, line: u8, what: Polled) -> Outcome {
+        self.expect(state, a, t, self.window(a), line)?;
+        if let Polled::Results { inputs } = what {
+            self.rearm(state, a, t, line - inputs);
+        }
+        let thread = state.threads[a][t];
+        let stage = self.stage(thread.epoch - 1);
+        let index = self.size.index(self.window(a), stage, line as usize);
         let skipped = match self.config.mutant {
             Some(Mutant::FixedSize(lines)) => line >= lines,
-            Some(Mutant::OwnShardOnly) => !own_shard,
-            _ => false,
+            Some(Mutant::OwnShardOnly) => what == Polled::Broadcast,
+            _ => what == Polled::Arrivals,
         };
         if self.config.variant == Variant::Lagged || skipped {
             return Ok(());

@@ -13,6 +13,7 @@ pub enum Step {
     Launch { actor: u8, call: u8, shape: u8 },
     Execute { actor: u8, thread: u8, op: Op },
     Consume { actor: u8, thread: u8, stage: u8, line: u8 },
+    Load { actor: u8, thread: u8, from: u8, stage: u8, line: u8 },
     Land { index: u8, word: u8, tag: u8, sender: u8 },
     Drain { index: u8, word: u8 },
     DrainEpoch { actor: u8, replica: u8 },
@@ -62,6 +63,7 @@ impl Model {
             barrier: !config.has(Mutant::NoBlockBarrier),
             arrival_release: !config.has(Mutant::ArrivalWithoutRelease),
             poll_own_copy: !config.has(Mutant::OwnCopyNotPolled),
+            mutant: config.mutant,
         };
         let threads =
             |call, shape: Shape, rank| (0..shape.threads()).map(|t| program(call, shape, rank, t, style)).collect();

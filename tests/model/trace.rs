@@ -73,7 +73,10 @@ fn words(model: &Model, base: u32, step: Step) -> String {
         Step::Execute { actor, thread, op } => {
             let what = match op {
                 Op::Read => "reads the epoch and sends its first lines",
-                Op::Barrier => "leaves the block's barrier",
+                Op::Barrier | Op::SecondBarrier => "leaves the block's barrier",
+                Op::Announce { .. } => "announces its inputs",
+                Op::Load { .. } => "loads",
+                Op::Rearm { .. } => "re-arms",
                 Op::Arrive => "arrives at the counter",
                 Op::Advance => "advances the epoch",
                 Op::Clear => "clears",
@@ -84,6 +87,9 @@ fn words(model: &Model, base: u32, step: Step) -> String {
         }
         Step::Consume { actor, thread, stage, line } => {
             format!("{} thread {thread} takes stage {stage} line {line}", who(model, actor))
+        }
+        Step::Load { actor, thread, from, stage, line } => {
+            format!("{} thread {thread} loads stage {stage} line {line} of window {from}", who(model, actor))
         }
         Step::Land { index, word, tag, sender } => {
             format!("{} lands in {} (from rank {sender})", payload(tag, base), address(model, index, word))

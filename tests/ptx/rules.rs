@@ -11,6 +11,9 @@ pub enum Rule {
     Followed,
     /// multimem instructions take multicast addresses, nothing else does; `_uc` kernels have neither.
     Multicast,
+    /// What the switch adds up has arrived: stored, announced behind a barrier by a release, acquired, and only then loaded
+    /// through the multicast address; in f32, and in no other kernel.
+    Arrival,
     /// An atomic that others wait for must release. The two that nobody waits for are named by their marks.
     Atomics,
     /// No float compare (a NaN sentinel would never match), no flush of subnormals, no fused or inexact arithmetic.
@@ -51,6 +54,7 @@ pub fn lint(ptx: &str) -> Vec<Finding> {
             accesses(instruction, &taint, &mut report);
         }
         boundary(&kernel, &mut report);
+        arrival(&kernel, &taint, &mut report);
     }
     findings
 }
@@ -203,7 +207,9 @@ fn accesses(instruction: &Instruction, taint: &Taint, report: &mut dyn FnMut(Rul
         [".u8", ".b16", ".b32", ".v2.b32", ".v4.b32"].iter().any(|width| opcode == format!("{base}.global{width}"))
     };
     let allowed = match origins {
-        WINDOWS => strong("ld") || strong("st") || instruction.base() == "atom",
+        WINDOWS => {
+            strong("ld") || strong("st") || instruction.base() == "atom" || opcode == "st.release.sys.global.u32"
+        }
         CONTROL => strong("ld") || strong("st"),
         IN | FACTOR => ordinary("ld"),
         OUT => ordinary("st"),
@@ -227,49 +233,108 @@ fn boundary(kernel: &Kernel, report: &mut dyn FnMut(Rule, usize, &str)) {
     if !kernel.instructions.iter().any(|found| found.opcode == trigger) {
         report(Rule::Boundary, 0, "launch_dependents is missing");
     }
-    // On every path, not only in the order of the text: whether the wait lies behind is carried along the branches.
-    // None: not reached. Where paths meet, the one without the wait counts.
-    type Waited = Option<bool>;
-    let meet = |a: Waited, b: Waited| a.into_iter().chain(b).min();
-    let mut at_label: HashMap<&str, Waited> = HashMap::new();
-    let (mut early, mut eager) = (Vec::new(), Vec::new());
+    on_every_path(kernel, |waited: u8, instruction| match instruction.opcode.as_str() {
+        "griddepcontrol.wait" => Ok(1),
+        // A launch that triggers before it has waited lets its successor in, which triggers too: the GPU fills with
+        // waiting blocks, and the kernel that a peer waits for finds no place.
+        opcode if opcode == trigger && waited == 0 => Err("launch_dependents comes before griddepcontrol.wait"),
+        _ if memory(instruction) && waited == 0 => Err("memory is touched before griddepcontrol.wait"),
+        _ => Ok(waited),
+    })
+    .into_iter()
+    .for_each(|(line, text)| report(Rule::Boundary, line, text));
+}
+
+/// Carries how far a kernel has come along its branches, from 0 at its start: on every path, not only in the order of
+/// the text. Where paths meet, the one that has come less far counts. `step` says where an instruction leads, or what is
+/// wrong with it there.
+fn on_every_path(
+    kernel: &Kernel,
+    step: impl Fn(u8, &Instruction) -> Result<u8, &'static str>,
+) -> Vec<(usize, &'static str)> {
+    // None: not reached.
+    type Reached = Option<u8>;
+    let meet = |a: Reached, b: Reached| a.into_iter().chain(b).min();
+    let mut at_label: HashMap<&str, Reached> = HashMap::new();
     loop {
         let before = at_label.clone();
-        let mut waited = Some(false);
-        early.clear();
-        eager.clear();
+        let mut reached = Some(0);
+        let mut wrong = Vec::new();
         for instruction in &kernel.instructions {
             match instruction.opcode.as_str() {
                 label if label.starts_with('$') => {
                     let here = at_label.entry(label).or_default();
-                    *here = meet(*here, waited);
-                    waited = *here;
+                    *here = meet(*here, reached);
+                    reached = *here;
                 }
-                "griddepcontrol.wait" => waited = waited.map(|_| true),
-                "ret" | "exit" if !instruction.predicated => waited = None,
+                "ret" | "exit" if !instruction.predicated => reached = None,
                 _ if instruction.base() == "bra" => {
                     let there = at_label.entry(instruction.operands[0].as_str()).or_default();
-                    *there = meet(*there, waited);
+                    *there = meet(*there, reached);
                     if !instruction.predicated {
-                        waited = None;
+                        reached = None;
                     }
                 }
-                _ if memory(instruction) && waited == Some(false) => early.push(instruction.line),
-                // A launch that triggers before it has waited lets its successor in, which triggers too: the GPU fills
-                // with waiting blocks, and the kernel that a peer waits for finds no place.
-                opcode if opcode == trigger && waited == Some(false) => eager.push(instruction.line),
-                _ => {}
+                _ => {
+                    reached = reached.map(|reached| {
+                        step(reached, instruction).unwrap_or_else(|text| {
+                            wrong.push((instruction.line, text));
+                            reached
+                        })
+                    });
+                }
             }
         }
         if before == at_label {
-            break;
+            return wrong;
         }
     }
-    for line in early {
-        report(Rule::Boundary, line, "memory is touched before griddepcontrol.wait");
+}
+
+fn arrival(kernel: &Kernel, taint: &Taint, report: &mut dyn FnMut(Rule, usize, &str)) {
+    let loads = |instruction: &Instruction| instruction.opcode.starts_with("multimem.ld_reduce");
+    let releases = |instruction: &Instruction| instruction.opcode == "st.release.sys.global.u32";
+    if !kernel.name.starts_with("twoshot_switch_") {
+        for instruction in kernel.instructions.iter().filter(|one| loads(one) || releases(one)) {
+            report(Rule::Arrival, instruction.line, "a sum in the switch, or an arrival, where none belongs");
+        }
+        return;
     }
-    for line in eager {
-        report(Rule::Boundary, line, "launch_dependents comes before griddepcontrol.wait");
+    for instruction in kernel.instructions.iter().filter(|one| loads(one)) {
+        let added = ["add.v4.f32", "add.acc::f32.v4.f16x2", "add.acc::f32.v4.bf16x2"];
+        if !added.iter().any(|how| instruction.opcode == format!("multimem.ld_reduce.relaxed.sys.global.{how}")) {
+            report(Rule::Arrival, instruction.line, "the switch must add in f32, relaxed at system scope");
+        }
+    }
+    for (what, there) in [
+        ("announces", kernel.instructions.iter().any(releases)),
+        ("loads through the switch", kernel.instructions.iter().any(loads)),
+    ] {
+        if !there {
+            report(Rule::Arrival, 0, &format!("nothing {what}"));
+        }
+    }
+    let own_line = |instruction: &Instruction, base: &str| {
+        instruction.opcode == format!("{base}.relaxed.sys.global.v4.b32")
+            && origins_of_address(instruction, taint) == Some(WINDOWS)
+    };
+    // 0 something was polled or nothing yet, 1 acquired, 2 and the aliases are one again.
+    let acquired = on_every_path(kernel, |reached, instruction| match instruction.opcode.as_str() {
+        _ if own_line(instruction, "ld") => Ok(0),
+        "fence.acq_rel.sys" => Ok(reached.max(1)),
+        "fence.proxy.alias" if reached >= 1 => Ok(2),
+        _ if loads(instruction) && reached < 2 => Err("a load through the switch of what was not acquired"),
+        _ => Ok(reached),
+    });
+    // 0 the block has stored lines, or nothing yet; 1 all its threads have.
+    let released = on_every_path(kernel, |reached, instruction| match instruction.base() {
+        _ if own_line(instruction, "st") => Ok(0),
+        "bar" | "barrier" => Ok(1),
+        _ if releases(instruction) && reached < 1 => Err("an arrival without a barrier behind what it speaks of"),
+        _ => Ok(reached),
+    });
+    for (line, text) in acquired.into_iter().chain(released) {
+        report(Rule::Arrival, line, text);
     }
 }
 

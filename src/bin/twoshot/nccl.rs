@@ -10,6 +10,7 @@ use std::sync::Arc;
 use twoshot::abi::Description;
 use twoshot::driver::{Context, Scratch};
 use twoshot::intercept::{Code, Comm, Stream, UniqueId};
+use twoshot::route::NEVER;
 
 use crate::protocol::Agreed;
 
@@ -230,12 +231,15 @@ impl Communicator {
 
     /// What its ranks agreed on; nothing if this is stock NCCL's or not routed.
     pub fn agreed(&self) -> Option<Agreed> {
-        let mut it = Description { size: size_of::<Description>() as u32, ..Description::default() };
+        // An older library leaves what it does not know.
+        let size = size_of::<Description>() as u32;
+        let mut it = Description { size, switch_bytes: NEVER, ..Description::default() };
         // SAFETY: a live communicator, and an out-pointer valid for the size that it states.
         let code = unsafe { self.nccl.describe?(self.raw, &raw mut it) };
-        let Description { ranks, hosts, arch, nccl, blocks, oneshot_bytes, twoshot_bytes, .. } = it;
+        let Description { ranks, hosts, arch, nccl, blocks, oneshot_bytes, twoshot_bytes, switch_bytes, .. } = it;
         let multicast = it.multicast != 0;
-        let agreed = Agreed { ranks, hosts, arch, nccl, multicast, blocks, oneshot_bytes, twoshot_bytes };
+        let switch_bytes = (switch_bytes != NEVER).then_some(switch_bytes);
+        let agreed = Agreed { ranks, hosts, arch, nccl, multicast, blocks, oneshot_bytes, twoshot_bytes, switch_bytes };
         (code == 0 && it.state == 1).then_some(agreed)
     }
 

@@ -81,7 +81,7 @@ fn points(record: &Record) -> Result<Vec<Point>, String> {
             points.push(Point { case: case(What::Stock, row.bytes), us: stock.graph.median });
         }
         if let (Some(routed), "routed") = (row.routed_us, row.route.as_str()) {
-            let what = if row.bytes <= agreed.oneshot_bytes { What::OneShot } else { What::TwoShot };
+            let what = What::from(agreed.algorithm(row.bytes));
             points.push(Point { case: case(what, row.bytes), us: routed.graph.median });
         }
     }
@@ -118,6 +118,11 @@ mod tests {
         let seen: Vec<_> = points.iter().map(|point| (point.case.what, point.case.bytes, point.us)).collect();
         let (stock, one, two) = (What::Stock, What::OneShot, What::TwoShot);
         assert_eq!(seen, [(stock, 1024, 9.0), (one, 1024, 2.5), (stock, 1 << 20, 20.0), (two, 1 << 20, 8.0)]);
+        let mut record = record("measured");
+        if let Some(agreed) = &mut record.agreed {
+            agreed.switch_bytes = Some(1 << 20);
+        }
+        assert_eq!(super::points(&record).unwrap()[3].case.what, What::Switch);
     }
 
     #[test]

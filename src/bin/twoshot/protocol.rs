@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use twoshot::layout::Algorithm;
 
 use crate::element::{Dtype, Op, Reduction};
 
@@ -95,6 +96,20 @@ pub struct Agreed {
     pub blocks: u32,
     pub oneshot_bytes: u64,
     pub twoshot_bytes: u64,
+    /// Smallest payload above one-shot's whose sum the switch makes, if it makes any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub switch_bytes: Option<u64>,
+}
+
+impl Agreed {
+    /// What a sum of f32, f16 or bf16 of so many bytes ran as, if it was routed.
+    pub fn algorithm(&self, bytes: u64) -> Algorithm {
+        match self.switch_bytes {
+            _ if bytes <= self.oneshot_bytes => Algorithm::OneShot,
+            Some(from) if bytes >= from => Algorithm::Switch,
+            _ => Algorithm::TwoShot,
+        }
+    }
 }
 
 /// Samples of one path on one rank, in microseconds per call.

@@ -9,9 +9,10 @@ use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use twoshot::driver::{Context, Device, Entered, Stream};
+use twoshot::layout::Algorithm;
 
 use crate::cuda::{self, Event, Graph};
-use crate::element::Reduction;
+use crate::element::{Dtype, Op, Reduction};
 use crate::nccl::{Buffer, Communicator, INT32, MIN, Nccl, SUM};
 use crate::protocol::{Ids, Message, RankFacts, RankRow, Task};
 use crate::{timing, verify};
@@ -230,6 +231,13 @@ impl Rank {
     fn word_call(&self, communicator: &Communicator, op: i32) -> Result<(), String> {
         let spans = (self.words.from(0)?, self.words.from(256)?);
         communicator.all_reduce(spans, (1, 4), (INT32, op), &self.stream)
+    }
+
+    /// Whether routed calls of this size are sums that the NVLink switch makes: their last bits are its secret.
+    pub fn in_switch(&self, what: Reduction, count: u64) -> bool {
+        let bytes = count * what.size() as u64;
+        let summed = what.op == Op::Sum && [Dtype::Bf16, Dtype::F16, Dtype::F32].contains(&what.dtype);
+        summed && self.routed.agreed().is_some_and(|agreed| agreed.algorithm(bytes) == Algorithm::Switch)
     }
 
     /// The smallest of all ranks' numbers. A barrier, too.

@@ -158,14 +158,14 @@ fn measure(tune: &Tune) -> Result<Vec<Record>, String> {
         std::fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     }
     let alone = |algorithm| match algorithm {
-        Algorithm::TwoShot => sizes.clone(),
+        Algorithm::TwoShot | Algorithm::Switch => sizes.clone(),
         Algorithm::OneShot => {
             let most = MOST_STAGE / prepared.ranks() as u64;
             sizes.iter().copied().filter(|bytes| *bytes <= most).collect()
         }
     };
     let runs: Vec<_> =
-        tune.blocks.iter().flat_map(|blocks| Algorithm::ALL.map(|algorithm| (algorithm, *blocks))).collect();
+        tune.blocks.iter().flat_map(|blocks| Algorithm::TABLED.map(|algorithm| (algorithm, *blocks))).collect();
     let steps = runs.iter().map(|(algorithm, _)| alone(*algorithm).len()).sum();
     let progress = Progress::new(steps, "starting the ranks");
     let mut records = Vec::new();
@@ -213,7 +213,7 @@ fn samples(records: &[Record]) -> Result<Vec<Sample>, String> {
         let algorithm = record
             .environment
             .get("TWOSHOT_ALGO")
-            .and_then(|name| Algorithm::ALL.into_iter().find(|algorithm| algorithm.name() == name));
+            .and_then(|name| Algorithm::TABLED.into_iter().find(|algorithm| algorithm.name() == name));
         let (Some(algorithm), Some(agreed)) = (algorithm, &record.agreed) else {
             return Err("a record is not one of `twoshot tune --keep`: no forced algorithm, or nothing routed".into());
         };

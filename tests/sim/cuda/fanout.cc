@@ -1,6 +1,7 @@
 // Stores to multicast addresses: each is delivered to the memory of every
-// device bound at that place, whichever process it belongs to. Any other access
-// to such an address ends the process with a report.
+// device bound at that place, whichever process it belongs to; and loads that
+// reduce, which read all of them. Any other access to such an address ends the
+// process with a report.
 #include "faults.h"
 #include "multicast.h"
 #include "session.h"
@@ -149,25 +150,42 @@ void multicast_unwatch(uint64_t address) {
 
 using namespace twoshot::sim;
 
-// multimem.st of one 16-byte line, relaxed: each word is stored atomically.
-extern "C" __attribute__((visibility("default"))) void twoshot_sim_multimem_store(uint64_t va, const uint32_t words[4]) {
-    static const bool faulty = faults::watches("twoshot_sim_multimem_store");
-    if (faulty && faults::apply("twoshot_sim_multimem_store")) return;   // lost in the switch
+// Calls `each` with the memory of every device that is bound at this line.
+template <typename Each>
+static uint32_t at_line(uint64_t va, const char* what, Each each) {
     Watch* w = watch_of(va);
-    if (!w) die("multimem store to %#llx, which is no multicast address", static_cast<unsigned long long>(va));
-    if (!w->writable) die("multimem store to %#llx, which has no access", static_cast<unsigned long long>(va));
-    if (va % 16) die("multimem store to %#llx, which is not aligned", static_cast<unsigned long long>(va));
+    if (!w) die("multimem %s %#llx, which is no multicast address", what, static_cast<unsigned long long>(va));
+    if (!w->writable) die("multimem %s %#llx, which has no access", what, static_cast<unsigned long long>(va));
+    if (va % 16) die("multimem %s %#llx, which is not aligned", what, static_cast<unsigned long long>(va));
     const View* view = w->view.load(std::memory_order_acquire);
     if (!view || view->serial != w->object->serial.load(std::memory_order_acquire)) view = rebuild(w);
     uint64_t offset = va - w->address;
     uint32_t reached = 0;
-    for (const View::Target& t : view->targets) {
-        if (offset - t.offset >= t.size) continue;
-        auto* to = reinterpret_cast<uint32_t*>(t.at + (offset - t.offset));
-        for (int i = 0; i < 4; i++) __atomic_store_n(to + i, words[i], __ATOMIC_RELAXED);
-        reached++;
-    }
+    for (const View::Target& t : view->targets)
+        if (offset - t.offset < t.size) each(reinterpret_cast<uint32_t*>(t.at + (offset - t.offset)), reached++);
     if (reached != w->object->expected)
-        die("multimem store to %#llx: %u of %u devices are bound there", static_cast<unsigned long long>(va), reached,
+        die("multimem %s %#llx: %u of %u devices are bound there", what, static_cast<unsigned long long>(va), reached,
             w->object->expected);
+    return reached;
+}
+
+// multimem.st of one 16-byte line, relaxed: each word is stored atomically.
+extern "C" __attribute__((visibility("default"))) void twoshot_sim_multimem_store(uint64_t va, const uint32_t words[4]) {
+    static const bool faulty = faults::watches("twoshot_sim_multimem_store");
+    if (faulty && faults::apply("twoshot_sim_multimem_store")) return;   // lost in the switch
+    at_line(va, "store to", [words](uint32_t* to, uint32_t) {
+        for (int i = 0; i < 4; i++) __atomic_store_n(to + i, words[i], __ATOMIC_RELAXED);
+    });
+}
+
+// What multimem.ld_reduce adds up: the line of every device's memory, each word loaded atomically.
+extern "C" __attribute__((visibility("default"))) unsigned twoshot_sim_multimem_load(uint64_t va, uint32_t words[][4],
+                                                                                     unsigned most) {
+    static const bool faulty = faults::watches("twoshot_sim_multimem_load");
+    bool lost = faulty && faults::apply("twoshot_sim_multimem_load");    // one memory is left out
+    return at_line(va, "load from", [words, most, lost](const uint32_t* from, uint32_t index) {
+        if (index >= most) die("a multimem load from more than %u devices", most);
+        for (int i = 0; i < 4; i++)
+            words[index][i] = lost && index == 0 ? 0 : __atomic_load_n(from + i, __ATOMIC_ACQUIRE);
+    });
 }

@@ -32,5 +32,7 @@ void run(const Kernel& kernel, const Launch& launch, const void* params);
 
 }  // namespace twoshot::sim
 
-// Provided by whoever links the executor: one 16-byte store to every window behind a multicast address.
+// Provided by whoever links the executor: one 16-byte store to every window behind a multicast address, and one load
+// from each of them, which returns how many there are.
 extern "C" void twoshot_sim_multimem_store(uint64_t va, const uint32_t words[4]);
+extern "C" unsigned twoshot_sim_multimem_load(uint64_t va, uint32_t words[][4], unsigned most);

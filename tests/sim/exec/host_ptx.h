@@ -130,6 +130,14 @@ inline void multimem_st_relaxed_sys_v4_if(uint64_t address, const Line& line, bo
   twoshot_sim_multimem_store(address, line.word);
 }
 
+inline void st_release_sys_u32(uint64_t address, uint32_t value) {
+  sim::progressed();
+  sim::preempt();
+  __atomic_store_n(host_pointer<uint32_t>(address), value, __ATOMIC_RELEASE);
+}
+
+inline void fence_proxy_alias() {}
+
 inline uint32_t atom_relaxed_gpu_exchange_ticket(uint64_t address, uint32_t ticket) {
   return __atomic_exchange_n(host_pointer<uint32_t>(address), ticket, __ATOMIC_RELAXED);
 }
@@ -253,6 +261,59 @@ inline uint32_t cvt_rn_satfinite_e4m3x2_f32(float low, float high) {
 }
 inline uint32_t cvt_rn_satfinite_e5m2x2_f32(float low, float high) {
   return sim::fp8_of(low, 5) | sim::fp8_of(high, 5) << 8;
+}
+
+// One load through the switch, which adds in f32 in an order of its own: it begins with another memory at every line and
+// goes backwards. A NaN keeps the bits of the first one met, whatever they stand for elsewhere. unpack makes `values`
+// numbers of a word, pack a word of them.
+template <typename Unpack, typename Pack>
+inline void host_ld_reduce(Line& line, uint64_t address, int values, Unpack unpack, Pack pack) {
+  uint32_t words[256][4];
+  sim::preempt();
+  const unsigned memories = twoshot_sim_multimem_load(address, words, 256);
+  const unsigned start = static_cast<unsigned>(address / 16 % memories), bits = 32u / static_cast<unsigned>(values);
+  for (int w = 0; w < 4; w++) {
+    float sum[2] = {};
+    uint32_t nan = 0, nan_mask = 0;  // of the elements that were one
+    for (unsigned k = 0; k < memories; k++) {
+      const uint32_t word = words[(start + memories - k) % memories][w];
+      float term[2] = {};
+      unpack(word, term);
+      for (int e = 0; e < values; e++) {
+        sum[e] = k == 0 ? term[e] : add_rn_f32(sum[e], term[e]);
+        const uint32_t mask = static_cast<uint32_t>((uint64_t{1} << bits) - 1) << (static_cast<unsigned>(e) * bits % 32);
+        if (term[e] == term[e] || (nan_mask & mask) != 0) continue;
+        nan |= word & mask;
+        nan_mask |= mask;
+      }
+    }
+    line.word[w] = (pack(sum) & ~nan_mask) | nan;
+  }
+}
+
+inline void multimem_ld_reduce_add_relaxed_sys_v4_f32_if(Line& line, uint64_t address, bool wanted) {
+  if (!wanted) return;
+  host_ld_reduce(
+      line, address, 1, [](uint32_t word, float* values) { values[0] = mov_b32_f32(word); },
+      [](const float* values) { return mov_f32_b32(values[0]); });
+}
+
+inline void multimem_ld_reduce_add_relaxed_sys_v4_f16x2_if(Line& line, uint64_t address, bool wanted) {
+  if (!wanted) return;
+  host_ld_reduce(
+      line, address, 2, [](uint32_t word, float* values) { cvt_f16x2_f32(word, values[0], values[1]); },
+      [](const float* values) { return cvt_rn_f16x2_f32(values[0], values[1]); });
+}
+
+inline void multimem_ld_reduce_add_relaxed_sys_v4_bf16x2_if(Line& line, uint64_t address, bool wanted) {
+  if (!wanted) return;
+  host_ld_reduce(
+      line, address, 2,
+      [](uint32_t word, float* values) {
+        values[0] = mov_b32_f32(word << 16);
+        values[1] = mov_b32_f32(word & 0xFFFF0000u);
+      },
+      [](const float* values) { return cvt_rn_bf16x2_f32(values[0], values[1]); });
 }
 
 }  // namespace twoshot

@@ -82,6 +82,45 @@ float value_at(Type type, const uint8_t* bytes, size_t i) {
   return static_cast<float>(type == kF16 ? widen(bits, 5, 10) : widen(bits, 8, 7));
 }
 
+// What may come out where the order of the additions and the last rounding are the switch's secret.
+struct Range {
+  bool nan = false, infinity = false;  // must be one
+  bool overflow = false;               // may also be an infinity or, of several, a NaN
+  double sum = 0, error = 0;
+};
+
+Range range_of(Type type, const std::vector<const uint8_t*>& in, size_t i) {
+  Range range;
+  bool positive = false, negative = false;
+  double magnitude = 0;
+  for (const uint8_t* rank : in) {
+    const double value = static_cast<double>(value_at(type, rank, i));
+    range.nan = range.nan || std::isnan(value);
+    if (std::isinf(value)) (value > 0 ? positive : negative) = true;
+    if (!std::isfinite(value)) continue;
+    range.sum += value;
+    magnitude += std::fabs(value);
+  }
+  range.nan = range.nan || (positive && negative);
+  range.infinity = positive != negative;
+  if (range.infinity) range.sum = positive ? 1 : -1;
+  // Every addition may round, in f32; then the type's last place, up or down.
+  range.error = static_cast<double>(in.size()) * std::ldexp(magnitude, -23);
+  if (type == kF16) range.error += std::ldexp(std::fabs(range.sum), -10) + std::ldexp(1, -24);
+  if (type == kBF16) range.error += std::ldexp(std::fabs(range.sum), -7) + std::ldexp(1, -133);
+  if (type == kF32) range.error += std::ldexp(1, -149);
+  range.overflow = magnitude > (type == kF16 ? 65000 : 3.3e38);
+  return range;
+}
+
+bool within(Type type, const Range& range, const uint8_t* out, size_t i) {
+  const double value = static_cast<double>(value_at(type, out, i));
+  if (range.nan) return std::isnan(value);
+  if (range.overflow && !std::isfinite(value)) return true;
+  if (range.infinity) return std::isinf(value) && value * range.sum > 0;
+  return std::fabs(value - range.sum) <= range.error;
+}
+
 void reference(Type type, const std::vector<const uint8_t*>& in, size_t count, uint8_t* out) {
   for (size_t i = 0; i < count; i++) {
     float sum = value_at(type, in[0], i);
@@ -143,17 +182,22 @@ struct Group {
 constexpr uint64_t kMulticast = 0x4D00'0000'0000'0000u;
 Group* multicast_group = nullptr;
 
-std::string kernel_name(bool two, Type type, unsigned ranks, bool generic, bool multicast) {
-  const bool special = !generic && (ranks == 2 || ranks == 4 || ranks == 8);
-  return std::string("twoshot_") + (two ? "twoshot" : "oneshot") + "_" + kTypeNames[type] + "_" +
+enum Shape { kOneShot, kTwoShot, kSwitch };
+const char* const kShapeNames[] = {"oneshot", "twoshot", "switch"};
+
+std::string kernel_name(Shape shape, Type type, unsigned ranks, bool generic, bool multicast) {
+  const bool special = !generic && shape != kSwitch && (ranks == 2 || ranks == 4 || ranks == 8);
+  return std::string("twoshot_") + kShapeNames[shape] + "_" + kTypeNames[type] + "_" +
          (special ? std::to_string(ranks) : "n") + "_" + (multicast ? "mc" : "uc");
 }
 
 // Bytes of a stage that a call needs.
-size_t stage_need(bool two, unsigned ranks, size_t bytes) {
+size_t stage_need(Shape shape, unsigned ranks, size_t bytes) {
   const size_t lines = (bytes + 15) / 16;
-  const size_t part = two ? (lines + ranks - 1) / ranks : lines;
-  return (two ? 2 : 1) * ranks * ((part + 7) / 8 * 8) * 16;
+  const size_t part = ((shape == kOneShot ? lines : (lines + ranks - 1) / ranks) + 7) / 8 * 8;
+  const size_t chunks = (part + TWOSHOT_CHUNK_LINES - 1) / TWOSHOT_CHUNK_LINES;
+  const size_t arrivals = shape == kSwitch ? chunks * ((ranks + TWOSHOT_LINE_FLAGS - 1) / TWOSHOT_LINE_FLAGS) : 0;
+  return ((shape == kOneShot ? 1 : 2) * ranks * part + arrivals) * 16;
 }
 
 struct Buffer {
@@ -204,26 +248,28 @@ void fill(std::mt19937_64& random, Type type, uint8_t* data, size_t count) {
 
 // One call on every rank: what each rank does with it may differ, what is reduced may not.
 struct Call {
-  bool two, generic, multicast;
+  Shape shape;
+  bool generic, multicast;
   Type type;
   size_t count;
   std::vector<Buffer> in, out;
   std::vector<bool> in_place;
   std::vector<std::vector<uint8_t>> given;
   std::vector<uint8_t> expected;
+  std::vector<Range> ranges;  // of a sum in the switch
   std::vector<Launch> launches;
 };
 
 Call random_call(std::mt19937_64& random, unsigned ranks, bool generic, bool multicast, bool disturbed) {
   Call call = {};
-  call.two = random() % 2 == 0;
+  call.shape = static_cast<Shape>(random() % (multicast ? 3 : 2));
   call.generic = generic;
   call.multicast = multicast;
   call.type = static_cast<Type>(random() % 3);
   const size_t size = call.type == kF32 ? 4 : 2;
   do {
     call.count = 1 + random() % (random() % 4 == 0 ? 20000 : 600);
-  } while (stage_need(call.two, ranks, call.count * size) > kStageBytes);
+  } while (stage_need(call.shape, ranks, call.count * size) > kStageBytes);
   const size_t bytes = call.count * size;
   for (unsigned r = 0; r < ranks; r++) {
     const bool aligned = random() % 2 == 0;
@@ -232,7 +278,7 @@ Call random_call(std::mt19937_64& random, unsigned ranks, bool generic, bool mul
     call.in_place.push_back(random() % 4 == 0);
     fill(random, call.type, call.in[r].data, call.count);
     call.given.emplace_back(call.in[r].data, call.in[r].data + bytes);
-    const unsigned block = 32u << random() % 3;
+    const unsigned block = call.shape == kSwitch ? TWOSHOT_CHUNK_LINES << random() % 2 : 32u << random() % 3;
     call.launches.push_back({1 + static_cast<unsigned>(random() % 5), block, 0, disturbed ? random() | 1 : 0,
                              disturbed && random() % 4 == 0 ? 300u : 0});
   }
@@ -240,6 +286,7 @@ Call random_call(std::mt19937_64& random, unsigned ranks, bool generic, bool mul
   for (auto& given : call.given) in.push_back(given.data());
   call.expected.resize(bytes);
   reference(call.type, in, call.count, call.expected.data());
+  for (size_t i = 0; call.shape == kSwitch && i < call.count; i++) call.ranges.push_back(range_of(call.type, in, i));
   return call;
 }
 
@@ -247,7 +294,8 @@ void check(const Call& call, unsigned rank, const std::string& where) {
   const Buffer& out = call.in_place[rank] ? call.in[rank] : call.out[rank];
   const size_t size = call.type == kF32 ? 4 : 2;
   for (size_t i = 0; i < call.count; i++) {
-    if (std::memcmp(out.data + i * size, call.expected.data() + i * size, size) == 0) continue;
+    if (call.shape == kSwitch && within(call.type, call.ranges[i], out.data, i)) continue;
+    if (call.shape != kSwitch && std::memcmp(out.data + i * size, call.expected.data() + i * size, size) == 0) continue;
     uint32_t got = 0, want = 0;
     std::memcpy(&got, out.data + i * size, size);
     std::memcpy(&want, call.expected.data() + i * size, size);
@@ -258,6 +306,13 @@ void check(const Call& call, unsigned rank, const std::string& where) {
   if (!call.in[rank].guards_intact() || !call.out[rank].guards_intact()) fail(where + ": wrote outside the buffer");
   if (!call.in_place[rank] && std::memcmp(call.in[rank].data, call.given[rank].data(), call.given[rank].size()) != 0) {
     fail(where + ": the input changed");
+  }
+}
+
+void check_same_bits(const Call& call) {
+  const auto result = [&](unsigned rank) { return (call.in_place[rank] ? call.in[rank] : call.out[rank]).data; };
+  for (unsigned r = 1; r < call.in.size(); r++) {
+    if (std::memcmp(result(0), result(r), call.expected.size()) != 0) fail("ranks got different bits");
   }
 }
 
@@ -284,7 +339,7 @@ void random_calls(unsigned ranks, unsigned calls, uint64_t seed, bool generic, b
           void* out = call.in_place[r] ? call.in[r].data : call.out[r].data;
           TwoshotArgs args = group.args(r, call.in[r].data, out, call.count);
           args.multicast = multicast ? kMulticast : 0;
-          const std::string name = kernel_name(call.two, call.type, ranks, generic, multicast);
+          const std::string name = kernel_name(call.shape, call.type, ranks, generic, multicast);
           const auto* kernel = find_kernel(name.c_str());
           if (kernel == nullptr) fail("no kernel " + name);
           twoshot::sim::run(*kernel, call.launches[r], &args);
@@ -298,6 +353,7 @@ void random_calls(unsigned ranks, unsigned calls, uint64_t seed, bool generic, b
       });
     }
     for (auto& thread : threads) thread.join();
+    for (const Call& call : batch) check_same_bits(call);
   }
   // What was polled was re-armed: every stage is all sentinel again.
   for (unsigned r = 0; r < ranks; r++) {
@@ -328,7 +384,7 @@ void one_block_at_a_time() {
         call.launches[r] = {5, 64, 1, 0, 0};
         void* out = call.in_place[r] ? call.in[r].data : call.out[r].data;
         const TwoshotArgs args = group.args(r, call.in[r].data, out, call.count);
-        const std::string name = kernel_name(call.two, call.type, kRanks, false, false);
+        const std::string name = kernel_name(call.shape, call.type, kRanks, false, false);
         twoshot::sim::run(*find_kernel(name.c_str()), call.launches[r], &args);
         check(call, r, "one block at a time, " + name);
       });
@@ -344,15 +400,24 @@ struct Lone {
   Group group{4};
   std::vector<uint8_t> in = std::vector<uint8_t>(4096), out = std::vector<uint8_t>(4096);
 
+  bool in_switch = false;
+
   void launch(uint64_t timeout_ns) {
     TwoshotArgs args = group.args(1, in.data(), out.data(), 1024);
     args.timeout_ns = timeout_ns;
-    twoshot::sim::run(*find_kernel("twoshot_twoshot_f32_4_uc"), {2, 64, 0, 0, 0}, &args);
+    args.multicast = kMulticast;
+    const char* kernel = in_switch ? "twoshot_switch_f32_n_mc" : "twoshot_twoshot_f32_4_uc";
+    twoshot::sim::run(*find_kernel(kernel), {2, in_switch ? 128u : 64u, 0, 0, 0}, &args);
+  }
+  // As if these ranks had laid out and announced their inputs.
+  void announce(std::vector<unsigned> ranks) {
+    auto* line = reinterpret_cast<uint32_t*>(group.window(1) + TWOSHOT_HEADER_BYTES + 2 * 4 * 64 * 16);
+    for (const unsigned r : ranks) line[r] = 0;
   }
   void expect(uint32_t fault, const char* what) {
     const TwoshotControl& control = group.controls[1];
     if (control.fault != fault) fail(std::string(what) + ": fault is " + std::to_string(control.fault));
-    if (control.kernel != TWOSHOT_KERNEL_TWOSHOT || control.count != 1024 || control.peer == 1 || control.peer > 3 ||
+    if (control.kernel != (in_switch ? TWOSHOT_KERNEL_SWITCH : TWOSHOT_KERNEL_TWOSHOT) || control.count != 1024 || control.peer == 1 || control.peer > 3 ||
         control.phase != TWOSHOT_PHASE_SCATTER || control.line >= 64) {
       fail(std::string(what) + ": the record is not what happened");
     }
@@ -378,6 +443,24 @@ void faults() {
     host.join();
     lone.expect(TWOSHOT_FAULT_ABORTED, "abort");
   }
+  for (const unsigned missing : {0u, 2u, 3u}) {
+    // Nothing is loaded, let alone published, before the last rank has announced its input.
+    Lone lone;
+    multicast_group = &lone.group;
+    lone.in_switch = true;
+    std::vector<unsigned> others;
+    for (unsigned r = 0; r < 4; r++) {
+      if (r != missing && r != 1) others.push_back(r);
+    }
+    lone.announce(others);
+    lone.launch(100'000'000);
+    lone.expect(TWOSHOT_FAULT_DEADLINE, "deadline in the switch");
+    if (lone.group.controls[1].peer != missing) fail("the missing rank is another");
+    const auto* results = reinterpret_cast<const uint32_t*>(lone.group.window(0) + TWOSHOT_HEADER_BYTES);
+    for (size_t w = 4 * 4 * 64; w < 4 * 2 * 4 * 64; w++) {
+      if (results[w] != TWOSHOT_SENTINEL) fail("a result without all ranks");
+    }
+  }
   {
     // The second launch finds that the first is not done.
     Lone lone;
@@ -397,6 +480,14 @@ extern "C" void twoshot_sim_multimem_store(uint64_t va, const uint32_t words[4])
     auto* target = reinterpret_cast<uint32_t*>(multicast_group->window(r) + (va - kMulticast));
     for (unsigned w = 0; w < 4; w++) __atomic_store_n(target + w, words[w], __ATOMIC_RELAXED);
   }
+}
+
+extern "C" unsigned twoshot_sim_multimem_load(uint64_t va, uint32_t words[][4], unsigned) {
+  for (unsigned r = 0; r < multicast_group->ranks; r++) {
+    const auto* source = reinterpret_cast<const uint32_t*>(multicast_group->window(r) + (va - kMulticast));
+    for (unsigned w = 0; w < 4; w++) words[r][w] = __atomic_load_n(source + w, __ATOMIC_ACQUIRE);
+  }
+  return multicast_group->ranks;
 }
 
 int main(int argc, char** argv) {

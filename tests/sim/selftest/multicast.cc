@@ -8,6 +8,7 @@
 #include <vector>
 
 extern "C" void twoshot_sim_multimem_store(uint64_t va, const uint32_t words[4]);
+extern "C" unsigned twoshot_sim_multimem_load(uint64_t va, uint32_t words[][4], unsigned most);
 
 static CUmulticastObjectProp object_of(int devices, int handle_types) {
     CUmulticastObjectProp prop = {};
@@ -17,7 +18,7 @@ static CUmulticastObjectProp object_of(int devices, int handle_types) {
     return prop;
 }
 
-// Every rank stores its line; every rank's own memory then holds all lines.
+// Every rank stores its line; every rank's own memory then holds all lines. A load finds what each has in its own.
 static void fanout(const Args& a) {
     start();
     bool fabric = a.option == "fabric";
@@ -64,6 +65,15 @@ static void fanout(const Args& a) {
         line[0] = uint32_t(r);
         OK(memcmp(reinterpret_cast<void*>(own + 16 * size_t(r)), line, 16));
     }
+    uint32_t mine[4] = {uint32_t(a.rank), uint32_t(a.rank) + 1, 7, 7}, seen[256][4], sum[4] = {};
+    memcpy(reinterpret_cast<void*>(own + 8192), mine, 16);
+    barrier(a, "laid out");
+    unsigned memories = twoshot_sim_multimem_load(all + 8192, seen, 256);
+    EXPECT(a.ranks, int(memories));
+    for (unsigned m = 0; m < memories; m++)
+        for (int w = 0; w < 4; w++) sum[w] += seen[m][w];
+    uint32_t n = uint32_t(a.ranks), expected[4] = {n * (n - 1) / 2, n * (n + 1) / 2, 7 * n, 7 * n};
+    OK(memcmp(sum, expected, 16));
     barrier(a, "read");
     unmap(all, kUnit);
     if (a.rank % 2) OK(cuMulticastUnbind(object, 0, 0, kUnit));   // the others leave it to the release
@@ -140,6 +150,17 @@ static void unbound_store(const Args&) {
     uint32_t line[4] = {};
     twoshot_sim_multimem_store(all, line);
     twoshot_sim_multimem_store(all + kUnit, line);
+}
+
+// So is a load.
+static void unbound_load(const Args&) {
+    start();
+    CUmemGenericAllocationHandle object;
+    CUmulticastObjectProp prop = object_of(1, 0);
+    OK(cuMulticastCreate(&object, &prop));
+    OK(cuMulticastAddDevice(object, 0));
+    uint32_t seen[1][4];
+    twoshot_sim_multimem_load(map(object, kUnit), seen, 1);
 }
 
 static void alone(CUdeviceptr* all) {
@@ -225,6 +246,6 @@ static void bind_alone(const Args&) {
 
 const Scenario multicast_scenarios[] = {
     {"fanout", fanout}, {"ordinary-store", ordinary_store}, {"ordinary-load", ordinary_load}, {"slots", slots},
-    {"survivor", survivor}, {"parts", parts}, {"unbound-store", unbound_store},
+    {"survivor", survivor}, {"parts", parts}, {"unbound-store", unbound_store}, {"unbound-load", unbound_load},
     {"unsupported", unsupported}, {"bind-alone", bind_alone}, {nullptr, nullptr},
 };

@@ -92,10 +92,12 @@ fn parts_of_a_multicast_object_are_bound_apart_from_each_other() {
 }
 
 #[test]
-fn a_store_to_an_unbound_part_of_a_multicast_object_is_reported() {
-    let (_session, outcome) = one(&Topology::one_host(1), Rank::new(selftest()), "unbound-store");
-    assert_eq!(outcome.end, End::Signal(6), "{outcome}");
-    assert!(outcome.stderr.contains("0 of 1 devices are bound there"), "{outcome}");
+fn a_store_or_load_where_nothing_is_bound_to_a_multicast_object_is_reported() {
+    for name in ["unbound-store", "unbound-load"] {
+        let (_session, outcome) = one(&Topology::one_host(1), Rank::new(selftest()), name);
+        assert_eq!(outcome.end, End::Signal(6), "{outcome}");
+        assert!(outcome.stderr.contains("0 of 1 devices are bound there"), "{outcome}");
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 // sim_worker: options, lanes and threads, the summary. See worker.h and script.cc for what a script may say.
 //
 //   sim_worker --rank R --ranks N --device D --id FILE --program SCRIPT [--nccl PATH] [--threads T | --gpus G]
-//              [--devices a,b,..] [--exact 0|1|2] [--blocking 0|1] [--timeout SECONDS]
+//              [--devices a,b,..] [--exact 0|1|2|3] [--blocking 0|1] [--timeout SECONDS]
 //
 // SCRIPT is a file's name or the text itself. One JSON line for each command, one as summary; 0 only if all was right.
 #include <dlfcn.h>

@@ -40,7 +40,9 @@ struct Options {
   std::string id;
   int lanes = 1;
   bool threads = false;  // lanes are threads, else one thread drives them all with groups
-  int exact = 1;  // 0: additions in any order; 1: sums bit for bit; 2: every operation bit for bit
+  // 0: additions in any order; 1: sums bit for bit; 2: every operation bit for bit; 3: sums as the switch may make them,
+  // all else bit for bit
+  int exact = 1;
   int blocking = -1;  // -1: ncclCommInitRank, else the config's field
   int timeout_s = 120;
 };

@@ -126,7 +126,7 @@ fn kernels(findings: &mut Findings, gpus: &mut Gpus) {
     let which: Vec<i32> = (0..).zip(&gpus.facts).filter(fit).map(|(ordinal, _)| ordinal).collect();
     let load = |ordinal: i32| {
         bounded("loading the kernels", PATIENCE, move || {
-            Module::load(&Context::retain(Device::new(ordinal)?)?)?.kernels(2, false).map(drop)
+            Module::load(&Context::retain(Device::new(ordinal)?)?)?.kernels(2, false, false).map(drop)
         })
     };
     match which.iter().find_map(|ordinal| load(*ordinal).err().map(|error| (*ordinal, error))) {
