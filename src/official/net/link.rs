@@ -118,11 +118,6 @@ impl Batches {
         self.open
     }
 
-    /// Whether another one can be begun.
-    pub fn room(&self) -> bool {
-        self.open < SLOTS
-    }
-
     /// Ends a batch of so many pieces behind what the stream has been given.
     pub fn close(&mut self, pieces: usize, stream: &Stream) -> Result<()> {
         let at = (self.first + self.open) % SLOTS;
