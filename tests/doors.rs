@@ -123,7 +123,7 @@ fn preloaded_beside_a_network_plugin_it_leaves_that_plugin_in_place() {
 #[test]
 fn a_collective_network_of_another_vendor_runs_as_it_does_without_us() {
     // Routed calls go past it; what we leave to stock still reaches it. 2 hosts, since that is when NCCL asks for it.
-    let program = "allreduce count=1000 reps=3; allreduce count=1300 reps=4; destroy";
+    let program = "allreduce count=1000 reps=3; allreduce count=1300 reps=4; barrier; destroy";
     for (release, door) in [
         (22005, Door::Shut),
         (22304, Door::Shut),

@@ -4,7 +4,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Door, Job, Report};
+use common::{Job, Report};
 use twoshot::decline::Decline;
 use twoshot_sim::{Fabric, Link, Topology};
 
