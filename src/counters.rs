@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(counters.totals(), (2, Reason::ALL.len() as u64));
         let text = counters.to_string();
         assert!(
-            text.starts_with("oneshot 0, twoshot 1, switch 1, stock 6") && text.ends_with("8 MiB routed"),
+            text.starts_with("oneshot 0, twoshot 1, switch 1, stock 7") && text.ends_with("8 MiB routed"),
             "{text}"
         );
     }

@@ -10,7 +10,7 @@ type Overlap = (bool, bool);
 /// The launches of so many elements, in order; those of set-up have other counts.
 fn launches(outcome: &Outcome, counts: &[u64]) -> Vec<Overlap> {
     let lines = outcome.stderr.lines().filter(|line| line.starts_with("launch "));
-    let parsed = lines.map(|line| {
+    let parsed = lines.filter(|line| !line.contains("twoshot_scale_")).map(|line| {
         let (head, words) = line.split_once(" words ").expect("a launch line");
         let words: Vec<u64> = words.split(' ').map(|word| word.parse().expect("a number")).collect();
         // The last word: the operation, then type and trigger.

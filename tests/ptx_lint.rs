@@ -252,7 +252,8 @@ fn a_factor_kernel_that_rounds_elsewhere_or_reads_more_than_its_own_is_found() {
     plant(name, "st.global.v4.b32", "st.relaxed.sys.global.v4.b32", Rule::Accesses);
     plant(name, "ld.global.v4.b32", "st.global.v4.b32", Rule::Accesses);
     plant(name, "griddepcontrol.wait;", "", Rule::Boundary);
-    plant(name, "griddepcontrol.launch_dependents;", "", Rule::Boundary);
+    plant(name, "@p griddepcontrol.launch_dependents;", "", Rule::Boundary);
+    plant(name, "@p griddepcontrol.launch_dependents;", "griddepcontrol.launch_dependents;", Rule::Boundary);
     // The factor's address is no place to write to.
     let clean = kernel(&shipped("90"), name);
     let address = clean.lines().find(|line| line.contains("ld.param.") && line.contains("param_0+40]"));
