@@ -56,23 +56,20 @@ struct Job {
     context: Option<Arc<Context>>,
 }
 
-/// What goes to the other thread.
-struct Handed(Arc<Mutex<Option<Job>>>);
-
 // SAFETY: handles of communicators and streams, and addresses that the caller's contract keeps alive until the call is
 // over; NCCL itself takes them to a thread of its own. None of it belongs to a thread: the per-thread stream is never here.
-unsafe impl Send for Handed {}
+unsafe impl Send for Job {}
 
 /// Sets communicators up, which must have begun to defer, and makes the calls that were held for them.
 pub(super) fn start(stock: &'static Stock, firsts: Vec<First>, calls: Box<dyn FnOnce() -> Code>) -> Code {
     // A caller's stream may mean "the current context's".
     let context = Context::current(-1).ok();
     let job = Arc::new(Mutex::new(Some(Job { firsts, calls, context })));
-    let handed = Handed(Arc::clone(&job));
+    let handed = Arc::clone(&job);
     let body = move || {
-        let Handed(job) = { handed };
         relax_thread();
-        if let Some(job) = job.lock().take() {
+        let job = handed.lock().take();
+        if let Some(job) = job {
             run(stock, job);
         }
     };
