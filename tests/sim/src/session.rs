@@ -27,8 +27,15 @@ impl Session {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let shm = Path::new("/dev/shm");
         let base = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
-        let dir = base.join(format!("twoshot-sim.{}.{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
-        fs::create_dir(&dir)?;
+        // One of this name may be there: of a process that was killed and whose number came again.
+        let dir = loop {
+            let name = format!("twoshot-sim.{}.{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+            let dir = base.join(name);
+            match fs::create_dir(&dir) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                made => break made.map(|()| dir)?,
+            }
+        };
         let hosts = topology.hosts().iter().map(|h| h.gpus).collect();
         let session = Self { dir, hosts, libraries: lib_dir().to_owned() };
         fs::write(session.dir.join("topology"), topology.to_string())?;

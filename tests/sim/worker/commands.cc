@@ -15,6 +15,7 @@
 #include <iterator>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 #include "nccl_calls.h"
 #include "worker.h"
@@ -176,6 +177,7 @@ bool Driver::dispatch(const Statement& s) {
   } else if (n == "chain") {
     chain(s);
   } else if (n == "drop_graphs") {
+    graphs_dropped_ |= !graphs_.empty();
     for (Graph& graph : graphs_) {
       for (CUgraphExec exec : graph.execs) accept_cuda(cuGraphExecDestroy(exec), "cuGraphExecDestroy");
       for (Call& c : graph.calls) give_back(c);
@@ -199,6 +201,8 @@ bool Driver::dispatch(const Statement& s) {
       accept(n == "suspend" ? call::ncclCommSuspend(comm, NCCL_SUSPEND_MEM) : call::ncclCommResume(comm), n.c_str());
     }
   } else if (n == "destroy" || n == "abort" || n == "finalize" || n == "revoke") {
+    // What a graph keeps is let go on a thread of the driver, in its own time: an end that comes before finds it kept.
+    if (std::exchange(graphs_dropped_, false)) std::this_thread::sleep_for(std::chrono::milliseconds(100));
     end_comm(s);
   } else if (n == "async_error") {
     async_error(s);

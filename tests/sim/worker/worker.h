@@ -219,6 +219,7 @@ class Driver {
   std::vector<Lane> lanes_;
   Tally tally_;
   int in_group_ = 0;  // open groups of the script
+  bool graphs_dropped_ = false;
   bool held_ = false;  // calls are issued, but not waited for
   std::vector<Call> pending_;
   std::vector<Call> abandoned_;
