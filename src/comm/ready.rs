@@ -312,14 +312,21 @@ impl Ready {
     /// Before stock NCCL queues an operation of this communicator: it runs behind ours that were issued before it.
     pub fn before_stock(&self, stream: RawStream) -> Result<()> {
         let mut order = self.order.lock();
+        // Stock NCCL keeps its own operations in order; where none of ours was captured, no question is needed.
+        let own = self.unmarked.load(Ordering::Relaxed);
+        if own && order.captured.is_none() {
+            return Ok(());
+        }
         if let Some(capture) = capture_of(&self.context, stream) {
             let Some(node) = order.node_elsewhere(&self.context, &capture, stream) else { return Ok(()) };
             let _entered = self.context.enter()?;
             return order_behind(&self.context, stream, node);
         }
+        if own {
+            return Ok(());
+        }
         let lane = Lane::of(&self.context, stream);
-        // Stock NCCL keeps its own operations in order.
-        if self.unmarked.load(Ordering::Relaxed) || order.eager.is_none_or(|last| last.same(lane)) {
+        if order.eager.is_none_or(|last| last.same(lane)) {
             return Ok(());
         }
         let _entered = self.context.enter()?;
