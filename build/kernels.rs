@@ -29,6 +29,10 @@ pub fn compile(root: &Path, out: &Path) -> Result<(), String> {
     println!("cargo::rustc-env=TWOSHOT_PTX_DIR={}", kept.display());
     let image = out.join(IMAGE);
     fs::copy(kept.join(IMAGE), &image).map_err(|error| format!("{}: {error}", image.display()))?;
+    let architectures: Vec<_> = TARGETS.iter().flat_map(|(_, architectures)| *architectures).copied().collect();
+    let listed = out.join("architectures.rs");
+    fs::write(&listed, format!("[{}]", architectures.join(", ")))
+        .map_err(|error| format!("{}: {error}", listed.display()))?;
     Ok(())
 }
 
@@ -81,7 +85,7 @@ fn digest(root: &Path, nvcc: &Path) -> Result<String, String> {
     let mut files: Vec<PathBuf> = listed.flatten().map(|entry| entry.path()).collect();
     files.sort();
     for file in files {
-        file.hash(&mut hasher);
+        file.file_name().hash(&mut hasher);
         fs::read(&file).map_err(|error| format!("{}: {error}", file.display()))?.hash(&mut hasher);
     }
     Ok(format!("{:016x}", hasher.finish()))
