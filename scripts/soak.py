@@ -401,7 +401,7 @@ def beside_round(place, seed):
         f"use comm=2 on=0; stream i=3 on=0; {send} root=1 call=51 count={second} on=0",
         f"use comm=1 on=1; stream i=3 on=1; {send} root=0 call=50 count={first} on=1",
         "flush", "use comm=0", f"allreduce count={most} reps=3", "destroy", "destroy", "destroy", "release", "sleep ms=50"])
-    session, ranks = run(place, program, {"TWOSHOT_SETUP_TIMEOUT_MS": "20000", "TWOSHOT_SIM_FREES_WAIT": "1"})
+    session, ranks = run(place, program, {"TWOSHOT_SETUP_TIMEOUT_MS": "20000", "TWOSHOT_SIM_CALLS_WAIT": "1"})
     expect_right(place, session, ranks)
     slowest = max(one.said("allreduce")[0]["ms"] for one in ranks)
     expect(slowest < SETUP_MS, f"the set-up took {slowest} ms: it waited for more than its peers", ranks)
@@ -424,7 +424,9 @@ def growth(place, body, batches, size, seconds, stock):
     expect_right(place, session, ranks, routed=not stock)
     rows = [samples(one) for one in ranks]
     worst = [max(row[-1][i] - row[0][i] for row in rows) for i in range(5)]
-    return worst, (len(rows[0]) - 1) * size
+    # Whether it grew once or goes on growing.
+    series = [[(now[i] - rows[0][0][i]) for now in rows[0]] for i in range(5)]
+    return worst, (len(rows[0]) - 1) * size, series
 
 
 def lifecycle(place, options):
@@ -439,14 +441,16 @@ def lifecycle(place, options):
     for name, body, rounds, size, seconds in bodies:
         size = min(size, rounds)
         rounds -= rounds % size
-        ours, made = growth(place, body, max(1, rounds // size), size, seconds, False)
-        stock, stock_made = growth(place, body, max(1, min(rounds, 100) // size), size, max(20, seconds // 3), True)
+        ours, made, series = growth(place, body, max(1, rounds // size), size, seconds, False)
+        stock, stock_made, _ = growth(place, body, max(1, min(rounds, 100) // size), size, max(20, seconds // 3), True)
         print(f"{name}: {made} rounds through twoshot, {stock_made} through stock NCCL alone")
-        for what, own, theirs, spare in zip(names, ours, stock, slack):
+        for what, own, theirs, spare, steps in zip(names, ours, stock, slack, series):
             allowed = spare + max(0, theirs) * made // max(1, stock_made)
             verdict = "flat" if own <= spare else "as stock NCCL" if own <= allowed else "GROWS"
             good &= own <= allowed
             print(f"  {what:<16} {own:>+12} (stock {theirs:+}): {verdict}")
+            if own > spare:
+                print(f"    rank 0 after each {size} rounds: {' '.join(f'{step:+}' for step in steps[1:])}")
         sys.stdout.flush()
         if made < rounds:
             print(f"  note: {rounds} rounds did not fit into {seconds} s")

@@ -219,16 +219,17 @@ impl Communicator {
         nvtx::prepare(config.nvtx.as_deref());
         let _range = nvtx::range(c"twoshot: set-up of a communicator");
         let ours = context.as_ref().ok().map(Arc::clone);
-        let mut reason = None;
-        let established = || establish(exchange, context, request, config);
-        let outcome = self.remains.keep(established).map(|verdict| match (verdict, ours) {
+        let (mut reason, mut own) = (None, None);
+        let established = || establish(exchange, context, request, config, &mut own);
+        let verdict = self.remains.keep(established);
+        let outcome = verdict.map(|verdict| match (verdict, ours) {
             (Ok(established), Some(context)) => {
                 log_on(device, rank, &established);
                 Some(Arc::new(Ready::new(context, established, self.remains.clone(), rank, config)))
             }
             (Ok(_), None) => None,
             (Err(declined), _) => {
-                log_off(device, rank, ranks, &declined, config);
+                log_off((device, rank, ranks), &declined, own.as_ref(), config);
                 reason = Some(declined.reason);
                 None
             }
@@ -293,8 +294,11 @@ fn log_on(device: i32, rank: u32, established: &Established) {
     );
 }
 
-fn log_off(device: i32, rank: u32, ranks: u32, declined: &Declined, config: &Config) {
-    let own = config.forbidden.filter(|_| declined.rank == rank).map(|word| format!(" [{word}]")).unwrap_or_default();
+fn log_off((device, rank, ranks): (i32, u32, u32), declined: &Declined, own: Option<&Error>, config: &Config) {
+    // The rank it holds for knows more.
+    let word = config.forbidden.filter(|_| declined.rank == rank).map(str::to_owned);
+    let failed = own.filter(|error| !matches!(error, Error::Protocol(_)));
+    let own = word.or_else(|| failed.map(Error::to_string)).map(|text| format!(" [{text}]")).unwrap_or_default();
     info!(device, "rank {rank}/{ranks}: OFF, stock NCCL: {declined}{own}");
 }
 

@@ -116,6 +116,8 @@ mod number {
 struct Ballot<'a> {
     exchange: &'a mut dyn Exchange,
     device: i32,
+    /// What failed on this rank.
+    own: &'a mut Option<Error>,
 }
 
 impl Ballot<'_> {
@@ -131,6 +133,7 @@ impl Ballot<'_> {
             Err((reason, error)) => {
                 trace!(self.device, "{name}: {} on this rank: {error}", reason.name());
                 step.declined = Some((reason, error.code()));
+                *self.own = Some(error);
                 None
             }
         };
@@ -142,19 +145,21 @@ impl Ballot<'_> {
     }
 }
 
-/// Sets a communicator up. The outer error means that the ranks lost each other; the verdict is common.
+/// Sets a communicator up. The outer error means that the ranks lost each other; the verdict is common. Where it is no
+/// because of this rank, `own` says what failed.
 pub fn establish(
     exchange: &mut dyn Exchange,
     context: Result<Arc<Context>>,
     request: Request,
     config: &Config,
+    own: &mut Option<Error>,
 ) -> Result<Verdict> {
-    let own = Duration::from_millis(config.setup_timeout_ms);
+    let patience = Duration::from_millis(config.setup_timeout_ms);
     let (rank, ranks) = (exchange.rank(), exchange.ranks());
     // What is missing already is a fact like the others: it is said, so that nobody waits.
     let identity = HostIdentity::read(config);
     let grounds = identity.as_ref().and_then(|identity| context.as_ref().map(|_| identity));
-    let facts = probe::facts(rank, ranks, request, config, grounds, own);
+    let facts = probe::facts(rank, ranks, request, config, grounds, patience);
     let mut domain = match merge(&exchange.allgather(&facts.encode(), "the first step of set-up")?) {
         Ok(domain) => domain,
         Err(declined) => return Ok(Err(declined)),
@@ -163,7 +168,7 @@ pub fn establish(
     let context = &context?;
     let deadline = domain.deadline;
     exchange.grant(deadline);
-    let mut ballot = Ballot { exchange, device: request.device };
+    let mut ballot = Ballot { exchange, device: request.device, own };
 
     let mut step = Step::new(number::PREPARE, rank);
     let local = prepare(context, &domain, rank, config, deadline);
@@ -198,15 +203,15 @@ pub fn establish(
             (step.socket, step.token) = (desk.name, desk.token);
         }
     }
-    let ((own, desk), steps) = match ballot.cast(step, "allocating shared memory", local)? {
+    let ((shared, desk), steps) = match ballot.cast(step, "allocating shared memory", local)? {
         Ok(passed) => passed,
         Err(declined) => return Ok(Err(declined)),
     };
 
     // Peers may be opening it while this rank fails: it stays until all have spoken.
-    let kept = Arc::clone(&own.memory);
-    let local = collect(&own, desk.as_ref(), rank, &steps, deadline)
-        .and_then(|peers| map(context, limits.agreement.layout, own, rank, peers, align, deadline));
+    let kept = Arc::clone(&shared.memory);
+    let local = collect(&shared, desk.as_ref(), rank, &steps, deadline)
+        .and_then(|peers| map(context, limits.agreement.layout, shared, rank, peers, align, deadline));
     let step = Step::new(number::MAP, rank);
     let mut workspace = match ballot.cast(step, "mapping shared memory", local)? {
         Ok((workspace, _)) => workspace,
@@ -289,8 +294,11 @@ fn prepare(context: &Arc<Context>, domain: &Domain, rank: u32, config: &Config, 
     let sms = domain.facts[rank as usize].blocks;
     let handle = domain.handle;
     let of_kernels = Arc::clone(context);
+    let (multicast, switch) = (domain.multicast, config.switch_reduce);
     let (granularity, blocks, all_sms, module, kernels) = bounded("loading the kernels", deadline, move || {
         let module = Module::load(&of_kernels)?;
+        // Those of the communicators to come as well: nothing is to be loaded once kernels wait for peers.
+        module.complete(multicast, switch)?;
         let kernels = module.kernels(ranks, false, false)?;
         let resident = kernels.resident_per_sm().saturating_mul(sms);
         if resident == 0 {
@@ -412,6 +420,24 @@ fn map(
             Decline::Map
         })(error)
     })
+}
+
+/// Loads the code of every kernel that a communicator of this device could pick, once in the life of its context. A
+/// device of another architecture than those the kernels were compiled for is left alone: compiling for it takes long,
+/// and its GPUs may not even be connected.
+pub fn preload(device: i32, config: &Config) {
+    let load = || {
+        let device = Device::new(device)?;
+        if !Module::compiled_for(device.arch()?) {
+            return Ok(());
+        }
+        let context = Context::retain(device)?;
+        let multicast = config.multicast && device.facts()?.multicast;
+        Module::load(&context)?.complete(multicast, config.switch_reduce)
+    };
+    if let Err(error) = load() {
+        trace!(device, "loading the kernels early: {error}");
+    }
 }
 
 /// The context of a communicator's device.

@@ -115,6 +115,7 @@ fn every_reason_is_said_in_one_line_that_names_reason_rank_and_hint() {
         let report = job.run();
         report.expect_success();
         account(&report, 4);
+        let failed = code;
         let code = if code == 0 { String::new() } else { format!(", code {code}") };
         let said = format!("{} (rank {rank}{code}): {}", reason.name(), reason.hint());
         // The user's own word is added on the rank whose environment holds it.
@@ -122,7 +123,16 @@ fn every_reason_is_said_in_one_line_that_names_reason_rank_and_hint() {
         for own in 0..report.outcomes.len() as u32 {
             let word = if own == rank { word } else { "" };
             let expected = format!("rank {own}/{}: OFF, stock NCCL: {said}{word}", report.outcomes.len());
-            assert_eq!(verdicts(&report, own as usize), [expected], "{reason:?}: {}", report.outcomes[own as usize]);
+            let outcome = &report.outcomes[own as usize];
+            let [line] = &verdicts(&report, own as usize)[..] else { panic!("{reason:?}: one verdict: {outcome}") };
+            // So is what failed there: a call of the driver and its code, or of the system.
+            let detail = line.strip_prefix(&expected).unwrap_or_else(|| panic!("{reason:?}: {line}"));
+            if own == rank && matches!(reason, Decline::Allocate | Decline::Export | Decline::Import | Decline::Map) {
+                assert!(detail.contains(&format!("CUDA driver error {failed}")), "{reason:?}: {outcome}");
+            }
+            // Several ranks can fail at a step; the verdict names the first.
+            let told = detail.starts_with(" [") && detail.ends_with(']');
+            assert!(detail.is_empty() || told, "{reason:?}: {outcome}");
         }
     }
     assert_eq!(silent, [Decline::VersionDiffers, Decline::OneRank, Decline::Foreign]);

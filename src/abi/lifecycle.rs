@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::collectives::fault_code;
 use super::deferred::{refused, refused_by_handle};
-use super::{Code, absent, code, group, guard, inside, stock, transparent};
+use super::{Code, absent, code, group, guard, inside, preload, stock, transparent};
 use crate::comm::{self, Communicator, Hints, State};
 use crate::config::Config as Settings;
 use crate::info;
@@ -72,6 +72,7 @@ fn make(config: Config, parent: Option<Comm>, made: *mut Comm, call: impl FnOnce
         }
         if !transparent {
             super::collect();
+            preload::here();
         }
         // SAFETY: null, or the caller's own variable, which may hold anything.
         let before = if made.is_null() { std::ptr::null_mut() } else { unsafe { made.read_volatile() } };
@@ -137,6 +138,12 @@ pub unsafe extern "C" fn ncclCommInitRankScalable(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ncclCommInitAll(comms: *mut Comm, count: c_int, devices: *const c_int) -> Code {
     guard(|| {
+        if !transparent() {
+            for i in 0..usize::try_from(count).unwrap_or(0) {
+                // SAFETY: null, or the caller's array of `count` ordinals.
+                preload::on(if devices.is_null() { i as c_int } else { unsafe { *devices.add(i) } });
+            }
+        }
         let result = make(std::ptr::null_mut(), None, comms, |nccl| {
             // SAFETY: the caller's own arguments.
             Some(unsafe { (nccl.comm_init_all)(comms, count, devices) })

@@ -11,6 +11,7 @@ mod net;
 mod one_sided;
 mod operations;
 mod order;
+mod preload;
 mod report;
 mod table;
 mod thread;

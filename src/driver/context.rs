@@ -62,6 +62,13 @@ impl Device {
         Ok(value)
     }
 
+    /// Compute capability, `major * 10 + minor`.
+    pub fn arch(&self) -> Result<u32> {
+        let major = self.attribute(sys::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = self.attribute(sys::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        Ok(u32::try_from(major * 10 + minor).unwrap_or(0))
+    }
+
     /// Its multiprocessors.
     pub fn sms(&self) -> Result<u32> {
         let sms = self.attribute(sys::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
@@ -71,9 +78,7 @@ impl Device {
     /// Reads all facts. An attribute the driver does not know counts as absent.
     pub fn facts(&self) -> Result<DeviceFacts> {
         let has = |attribute| self.attribute(attribute).is_ok_and(|value| value != 0);
-        let major = self.attribute(sys::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = self.attribute(sys::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        let sms = self.sms()?;
+        let (arch, sms) = (self.arch()?, self.sms()?);
         // SAFETY: CUuuid is plain bytes, for which zero is a value.
         let mut uuid: sys::CUuuid = unsafe { std::mem::zeroed() };
         // SAFETY: valid out-pointer and device.
@@ -82,7 +87,7 @@ impl Device {
         // SAFETY: the driver writes at most the given 16 bytes, terminated.
         unsafe { call!(self.api, cuDeviceGetPCIBusId(bus.as_mut_ptr(), 16, self.handle)) }?;
         Ok(DeviceFacts {
-            arch: u32::try_from(major * 10 + minor).unwrap_or(0),
+            arch,
             sms,
             vmm: has(sys::CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED)
                 && has(sys::CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING),

@@ -2,7 +2,7 @@
 
 use std::ffi::{CString, c_void};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::Mutex;
 
@@ -62,6 +62,7 @@ static IMAGE: &Image<[u8]> = &Image(*include_bytes!(concat!(env!("OUT_DIR"), "/k
 pub struct Module {
     context: Arc<Context>,
     raw: sys::CUmodule,
+    complete: OnceLock<()>,
 }
 
 // SAFETY: module and function handles may be used from any thread.
@@ -99,9 +100,29 @@ impl Module {
         let mut raw = std::ptr::null_mut();
         // SAFETY: the image is a complete fat binary, aligned, and lives as long as the program.
         unsafe { call!(context.api(), cuModuleLoadData(&mut raw, IMAGE.0.as_ptr().cast())) }?;
-        let module = Arc::new(Self { context: Arc::clone(context), raw });
+        let module = Arc::new(Self { context: Arc::clone(context), raw, complete: OnceLock::new() });
         loaded.push(Loaded { module: Arc::downgrade(&module), kept: id.map(|id| (Arc::clone(&module), id)) });
         Ok(module)
+    }
+
+    /// Whether code of this architecture is embedded; for others the driver compiles it.
+    pub fn compiled_for(arch: u32) -> bool {
+        include!(concat!(env!("OUT_DIR"), "/architectures.rs")).contains(&arch)
+    }
+
+    /// Makes the driver load every kernel, whatever the number of ranks. Cheap where that was done already.
+    pub fn complete(self: &Arc<Self>, multicast: bool, switch: bool) -> Result<()> {
+        if self.complete.get().is_none() {
+            // Kernels of their own for 2, 4 and 8 ranks, and those for any number.
+            for ranks in [2, 4, 8, u32::MAX] {
+                self.kernels(ranks, false, false)?;
+                if multicast {
+                    self.kernels(ranks, true, switch)?;
+                }
+            }
+            let _ = self.complete.set(());
+        }
+        Ok(())
     }
 
     /// Finds the kernels one communicator can ever pick and makes the driver load their code now: a first launch

@@ -21,7 +21,7 @@ fn beside_a_receive(rules: &str) -> Report {
     let job = Job::new(Topology::one_host(2), BESIDE_A_RECEIVE)
         .env("TWOSHOT_MAX_BYTES", "64K")
         .env("TWOSHOT_SIM_CALLER", "libtwoshot.so")
-        .env("TWOSHOT_SIM_FREES_WAIT", 1)
+        .env("TWOSHOT_SIM_CALLS_WAIT", 1)
         .timeout(Duration::from_secs(40));
     let report = if rules.is_empty() { job.run() } else { job.env("TWOSHOT_SIM_FAULTS", rules).run() };
     report.expect_success().expect_nothing_live();
@@ -34,6 +34,26 @@ fn beside_a_receive(rules: &str) -> Report {
 #[test]
 fn a_set_up_does_not_wait_for_work_that_its_program_queued_before() {
     beside_a_receive("").expect_on();
+}
+
+#[test]
+fn the_set_up_of_a_smaller_communicator_loads_no_code_while_kernels_wait_for_peers() {
+    // Four ranks first; then two of them, for which there are kernels of their own, beside a receive that is under way.
+    let program = "init; allreduce count=500; split color=0; split div=2; barrier; hold; \
+        use comm=1 on=0; stream i=1 on=0; collective name=recv root=1 call=50 count=100 on=0; \
+        use comm=2; stream i=2; allreduce count=1000 call=60; \
+        use comm=1 on=1; stream i=3 on=1; collective name=send root=0 call=50 count=100 on=1; \
+        flush; use comm=0; allreduce count=70; destroy; destroy; destroy; release; sleep ms=50";
+    let report = Job::new(Topology::one_host(4), program)
+        .env("TWOSHOT_MAX_BYTES", "64K")
+        .env("TWOSHOT_SIM_CALLER", "libtwoshot.so")
+        .env("TWOSHOT_SIM_CALLS_WAIT", 1)
+        .timeout(Duration::from_secs(40))
+        .run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for outcome in &report.outcomes {
+        assert!(outcome.elapsed < Duration::from_secs(15), "set-up waited: {outcome}");
+    }
 }
 
 #[test]
@@ -135,7 +155,9 @@ fn a_rank_that_is_stopped_in_the_middle_of_set_up_for_longer_than_its_own_deadli
         report.expect_nothing_live();
         let verdict = |rank: usize| {
             let lines = report.lines(rank);
-            lines.iter().find_map(|line| line.split_once(": O").map(|(_, said)| said.to_owned()))
+            // What failed is said by the rank on which it did.
+            let word = |said: &str| said.split(" [").next().unwrap_or_default().to_owned();
+            lines.iter().find_map(|line| line.split_once(": O").map(|(_, said)| word(said)))
         };
         let same = (0..3).all(|rank| verdict(rank).is_some() && verdict(rank) == verdict(0));
         assert!(same, "{call}: the ranks disagree: {all}");

@@ -146,10 +146,11 @@ impl Cell {
     }
 }
 
-/// What all ranks must say alike: the line without host, process and rank.
+/// What all ranks must say alike: the line without host, process and rank, and without what the one adds on which it
+/// failed.
 fn verdict(line: &str) -> Option<&str> {
     let at = line.find(": ON, ").or_else(|| line.find(": OFF, "))?;
-    Some(&line[at + 2..])
+    line[at + 2..].split(" [").next()
 }
 
 fn code_of(verdict: &str) -> Option<u32> {

@@ -238,7 +238,7 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t bytes, const C
 
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
     SIM_ENTRY(kUnsafe);
-    free_waits();
+    call_waits();
     {
         std::lock_guard<std::mutex> lock(memory_mutex());
         Allocation* a = find_allocation(handle);

@@ -58,8 +58,8 @@ CUresult current_context(CUcontext* context) {
     return CUDA_SUCCESS;
 }
 
-void free_waits() {
-    static const bool waits = getenv("TWOSHOT_SIM_FREES_WAIT") != nullptr;
+void call_waits() {
+    static const bool waits = getenv("TWOSHOT_SIM_CALLS_WAIT") != nullptr;
     if (!waits) return;
     for (CUcontext context : table()) drain(context);
 }

@@ -28,9 +28,9 @@ namespace twoshot::sim {
 CUresult current_context(CUcontext* context);
 bool context_alive(CUcontext context);
 
-// What the real driver may do in a call that frees: waits for all work of every device of this process, where
-// `TWOSHOT_SIM_FREES_WAIT` says so.
-void free_waits();
+// What the real driver may do in a call that frees memory or loads code: waits for all work of every device of this
+// process, where `TWOSHOT_SIM_CALLS_WAIT` says so.
+void call_waits();
 
 // What was loaded into a context that is gone (module.cc).
 void drop_modules(CUcontext context);

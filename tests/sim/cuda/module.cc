@@ -1,5 +1,6 @@
 // Modules, functions, launches. The code of a module is never read: a function
 // is the kernel of that name in the executor.
+#include "context.h"
 #include "exec.h"
 #include "fatbin.h"
 #include "handles.h"
@@ -120,7 +121,10 @@ CUresult launch(CUfunction handle, const unsigned grid[3], const unsigned block[
     Launch how = plan(kernel, function->context->gpu, grid[0], block[0]);
     if (cooperative && grid[0] > how.resident_blocks) return CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
     // A first launch loads the function, which may wait for the whole device.
-    if (!function->loaded.exchange(true)) stats::total(stats::kLazyLoads);
+    if (!function->loaded.exchange(true)) {
+        stats::total(stats::kLazyLoads);
+        call_waits();
+    }
     std::vector<uint64_t> copy((kernel.param_bytes + 7) / 8);
     memcpy(copy.data(), params[0], kernel.param_bytes);
     stats::total(stats::kLaunches);
@@ -156,6 +160,7 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
     if (CUresult r = current_context(&context)) return r;
     if (!module || !image) return CUDA_ERROR_INVALID_VALUE;
     if (CUresult r = fatbin_fits(image, topology().gpu(context->gpu))) return r;
+    call_waits();
     auto made = std::make_shared<Module>();
     made->context = context;
     for (auto& [handle, other] : modules().all()) made->repeated |= other->context == context;
@@ -167,7 +172,7 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
 
 CUresult cuModuleUnload(CUmodule handle) {
     SIM_ENTRY(kUnsafe);
-    free_waits();
+    call_waits();
     auto module = modules().remove(handle);
     if (!module) return gone(handle);
     for (auto& entry : module->functions) functions().remove(entry.second);
@@ -199,6 +204,7 @@ CUresult cuFuncLoad(CUfunction handle) {
     SIM_ENTRY(kUnsafe);
     auto function = functions().find(handle);
     if (!function) return CUDA_ERROR_INVALID_HANDLE;
+    if (!function->loaded) call_waits();
     function->loaded = true;
     return CUDA_SUCCESS;
 }

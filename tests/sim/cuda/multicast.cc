@@ -200,7 +200,7 @@ CUresult cuMulticastBindMem(CUmemGenericAllocationHandle handle, size_t offset, 
 
 CUresult cuMulticastUnbind(CUmemGenericAllocationHandle handle, CUdevice device, size_t offset, size_t bytes) {
     SIM_ENTRY(kUnsafe);
-    free_waits();
+    call_waits();
     if (device < 0 || size_t(device) >= visible_gpus().size()) return CUDA_ERROR_INVALID_DEVICE;
     GpuId gpu = visible_gpu(device);
     std::lock_guard<std::mutex> lock(memory_mutex());

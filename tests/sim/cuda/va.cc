@@ -117,7 +117,7 @@ CUresult cuMemAddressReserve(CUdeviceptr* address, size_t bytes, size_t alignmen
 
 CUresult cuMemAddressFree(CUdeviceptr address, size_t bytes) {
     SIM_ENTRY(kUnsafe);
-    free_waits();
+    call_waits();
     std::lock_guard<std::mutex> lock(memory_mutex());
     auto at = reservations().find(address);
     if (at == reservations().end() || at->second != bytes || overlaps(address, bytes)) return CUDA_ERROR_INVALID_VALUE;
@@ -153,7 +153,7 @@ CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t offset, CUmemGeneric
 
 CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
     SIM_ENTRY(kUnsafe);
-    free_waits();
+    call_waits();
     std::lock_guard<std::mutex> lock(memory_mutex());
     std::vector<Mapping*> whole = exactly(address, bytes);
     if (whole.empty()) return CUDA_ERROR_INVALID_VALUE;

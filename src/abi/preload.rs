@@ -1,0 +1,25 @@
+//! The kernels' code is loaded before the program makes a communicator. The driver loads code only while the device is
+//! idle, so a set-up that did it would wait for whatever the program has queued: say a receive whose send its peer
+//! issues behind the very collective that sets up. Stock NCCL loads its kernels when a communicator is made, too.
+//!
+//! The first communicator of a process, which the plugin door does not see being made, loads it at its set-up: whatever
+//! NCCL runs then is that communicator's own, and stock's exchange of that set-up comes behind it anyway.
+
+use std::ffi::c_int;
+
+use crate::config::Config;
+use crate::driver::{current_ordinal, with_relaxed_capture};
+use crate::setup;
+
+/// Before a communicator is made: NCCL makes it on the thread's device.
+pub(super) fn here() {
+    if let Some(device) = current_ordinal() {
+        on(device);
+    }
+}
+
+/// Before one is made on this device. What fails is not said here: set-up meets it again and says it.
+pub(super) fn on(device: c_int) {
+    // The capture of some other thread is none of it.
+    with_relaxed_capture(|| setup::preload(device, Config::get()));
+}
