@@ -210,6 +210,8 @@ fn build(out: &Path, targets: &[Target]) {
     let mut tool = cc::Build::new();
     tool.cpp(true).opt_level(2).debug(true).pic(true).cargo_metadata(false).warnings(true).extra_warnings(true);
     tool.std("c++17").flag("-Werror").flag("-fvisibility=hidden").flag("-pthread").flag("-fno-strict-aliasing");
+    // Every result is compared bit for bit: where the processor has fused multiply-add (64-bit Arm), none may be made.
+    tool.flag("-ffp-contract=off");
     if let Ok(kind) = std::env::var("TWOSHOT_SIM_SANITIZE") {
         tool.flag(format!("-fsanitize={kind}")).flag("-fno-omit-frame-pointer");
     }
