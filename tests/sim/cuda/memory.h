@@ -19,7 +19,7 @@
 namespace twoshot::sim {
 
 constexpr uint64_t kTrailerMagic = 0x314d494753544f57;
-constexpr size_t kPage = 4096;
+constexpr size_t kPage = 65536;              // the largest that a kernel for 64-bit Arm has: files are mapped from there
 
 enum class Kind : uint32_t { memory = 0, multicast = 1 };
 
