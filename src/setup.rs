@@ -426,6 +426,9 @@ fn map(
 /// device of another architecture than those the kernels were compiled for is left alone: compiling for it takes long,
 /// and its GPUs may not even be connected.
 pub fn preload(device: i32, config: &Config) {
+    if !config.enable {
+        return;
+    }
     let load = || {
         let device = Device::new(device)?;
         if !Module::compiled_for(device.arch()?) {

@@ -23,7 +23,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use super::table::bindings::*;
 use super::table::{Table, put};
-use super::{Code, code, collnet_mode, guard, plugin_loaded};
+use super::{Code, code, collnet_mode, guard, plugin_loaded, preload, transparent};
 use crate::config::Config;
 use crate::official::net::GROUP;
 use crate::official::nics::{LATENCY_US, MAX_BYTES, MAX_COMMS, SPEED_MBPS, nics};
@@ -34,7 +34,12 @@ use calls::*;
 fn loaded(log: ncclDebugLogger_t) {
     let address = log.map_or(std::ptr::null(), |log| log as *const c_void);
     // A panic ends here: the door stays shut, NCCL works as without us.
-    let _ = std::panic::catch_unwind(|| plugin_loaded(address));
+    let _ = std::panic::catch_unwind(|| {
+        plugin_loaded(address);
+        if !transparent() {
+            preload::here();
+        }
+    });
 }
 
 /// The table of this name in the plugin that the user chose as network, if there is such a choice.

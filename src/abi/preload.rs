@@ -2,8 +2,8 @@
 //! idle, so a set-up that did it would wait for whatever the program has queued: say a receive whose send its peer
 //! issues behind the very collective that sets up. Stock NCCL loads its kernels when a communicator is made, too.
 //!
-//! The first communicator of a process, which the plugin door does not see being made, loads it at its set-up: whatever
-//! NCCL runs then is that communicator's own, and stock's exchange of that set-up comes behind it anyway.
+//! The plugin door does not see the first communicator being made, but is opened while it is, on its thread. What is
+//! missing even so (other devices of that moment) is loaded at the set-up.
 
 use std::ffi::c_int;
 

@@ -57,6 +57,24 @@ fn the_set_up_of_a_smaller_communicator_loads_no_code_while_kernels_wait_for_pee
 }
 
 #[test]
+fn a_communicator_is_made_beside_a_receive_on_the_first_one_that_nobody_saw_being_made() {
+    // Nothing but the receive has been called on it, so it was never set up.
+    let program = "init; barrier; hold; stream i=1 on=0; collective name=recv root=1 call=50 count=100 on=0; \
+        init; use comm=0 on=1; stream i=1 on=1; collective name=send root=0 call=50 count=100 on=1; \
+        flush; use comm=1; stream i=0; allreduce count=700; destroy; destroy; release; sleep ms=50";
+    let report = Job::new(Topology::one_host(2), program)
+        .env("TWOSHOT_MAX_BYTES", "64K")
+        .env("TWOSHOT_SIM_CALLER", "libtwoshot.so")
+        .env("TWOSHOT_SIM_CALLS_WAIT", 1)
+        .timeout(Duration::from_secs(40))
+        .run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for outcome in &report.outcomes {
+        assert!(outcome.elapsed < Duration::from_secs(15), "it waited: {outcome}");
+    }
+}
+
+#[test]
 fn a_set_up_whose_verdict_is_no_does_not_wait_for_it_either() {
     for (call, reason) in [
         ("cuMemCreate,nth=1", "allocate"),
