@@ -430,10 +430,11 @@ def growth(place, body, batches, size, seconds, stock):
 
 
 def lifecycle(place, options):
-    share = max(20, options.limit // 6)
+    # All together they take the limit at most, where it is not too short for anything: most of it the first.
+    share = max(10, options.limit // 10)
     rng = random.Random(options.seed)
-    bodies = [("create/AllReduce/destroy", "init; random calls=2 seed=5 max=4000; destroy", options.rounds, 25, share * 2),
-              ("abort in mid-flight", "; ".join(["init", *mid_flight(rng, place)]), max(10, options.rounds // 10), 10, share)]
+    bodies = [("create/AllReduce/destroy", "init; random calls=2 seed=5 max=4000; destroy", options.rounds, 25, share * 6),
+              ("abort in mid-flight", "; ".join(["init", *mid_flight(rng, place)]), max(10, options.rounds // 10), 10, share * 2)]
     names = ["descriptors", "threads", "mappings", "addresses, KiB", "device bytes"]
     # What moves by itself: malloc's mappings and arenas; a GPU's memory in steps of its page.
     slack = [0, 0, 8, 256 << 10, 0 if place.simulated else 2 << 20]
@@ -442,7 +443,7 @@ def lifecycle(place, options):
         size = min(size, rounds)
         rounds -= rounds % size
         ours, made, series = growth(place, body, max(1, rounds // size), size, seconds, False)
-        stock, stock_made, _ = growth(place, body, max(1, min(rounds, 100) // size), size, max(20, seconds // 3), True)
+        stock, stock_made, _ = growth(place, body, max(1, min(rounds, 100) // size), size, share, True)
         print(f"{name}: {made} rounds through twoshot, {stock_made} through stock NCCL alone")
         for what, own, theirs, spare, steps in zip(names, ours, stock, slack, series):
             allowed = spare + max(0, theirs) * made // max(1, stock_made)

@@ -17,8 +17,9 @@ const BESIDE_A_RECEIVE: &str = "init; split color=0; use comm=0; split color=0; 
     use comm=1 on=1; stream i=3 on=1; collective name=send root=0 call=50 count=100 on=1; \
     flush; use comm=0; allreduce count=70; destroy; destroy; destroy; release; sleep ms=50";
 
-fn beside_a_receive(rules: &str) -> Report {
-    let job = Job::new(Topology::one_host(2), BESIDE_A_RECEIVE)
+/// Runs the program where every call that the driver may hold until the device is idle is held so.
+fn beside(ranks: u32, program: &str, rules: &str) -> Report {
+    let job = Job::new(Topology::one_host(ranks), program)
         .env("TWOSHOT_MAX_BYTES", "64K")
         .env("TWOSHOT_SIM_CALLER", "libtwoshot.so")
         .env("TWOSHOT_SIM_CALLS_WAIT", 1)
@@ -26,9 +27,13 @@ fn beside_a_receive(rules: &str) -> Report {
     let report = if rules.is_empty() { job.run() } else { job.env("TWOSHOT_SIM_FAULTS", rules).run() };
     report.expect_success().expect_nothing_live();
     for outcome in &report.outcomes {
-        assert!(outcome.elapsed < Duration::from_secs(15), "set-up waited: {outcome}");
+        assert!(outcome.elapsed < Duration::from_secs(15), "it waited: {outcome}");
     }
     report
+}
+
+fn beside_a_receive(rules: &str) -> Report {
+    beside(2, BESIDE_A_RECEIVE, rules)
 }
 
 #[test]
@@ -44,16 +49,7 @@ fn the_set_up_of_a_smaller_communicator_loads_no_code_while_kernels_wait_for_pee
         use comm=2; stream i=2; allreduce count=1000 call=60; \
         use comm=1 on=1; stream i=3 on=1; collective name=send root=0 call=50 count=100 on=1; \
         flush; use comm=0; allreduce count=70; destroy; destroy; destroy; release; sleep ms=50";
-    let report = Job::new(Topology::one_host(4), program)
-        .env("TWOSHOT_MAX_BYTES", "64K")
-        .env("TWOSHOT_SIM_CALLER", "libtwoshot.so")
-        .env("TWOSHOT_SIM_CALLS_WAIT", 1)
-        .timeout(Duration::from_secs(40))
-        .run();
-    report.expect_success().expect_on().expect_nothing_live();
-    for outcome in &report.outcomes {
-        assert!(outcome.elapsed < Duration::from_secs(15), "set-up waited: {outcome}");
-    }
+    beside(4, program, "").expect_on();
 }
 
 #[test]
@@ -62,16 +58,7 @@ fn a_communicator_is_made_beside_a_receive_on_the_first_one_that_nobody_saw_bein
     let program = "init; barrier; hold; stream i=1 on=0; collective name=recv root=1 call=50 count=100 on=0; \
         init; use comm=0 on=1; stream i=1 on=1; collective name=send root=0 call=50 count=100 on=1; \
         flush; use comm=1; stream i=0; allreduce count=700; destroy; destroy; release; sleep ms=50";
-    let report = Job::new(Topology::one_host(2), program)
-        .env("TWOSHOT_MAX_BYTES", "64K")
-        .env("TWOSHOT_SIM_CALLER", "libtwoshot.so")
-        .env("TWOSHOT_SIM_CALLS_WAIT", 1)
-        .timeout(Duration::from_secs(40))
-        .run();
-    report.expect_success().expect_on().expect_nothing_live();
-    for outcome in &report.outcomes {
-        assert!(outcome.elapsed < Duration::from_secs(15), "it waited: {outcome}");
-    }
+    beside(2, program, "").expect_on();
 }
 
 #[test]
