@@ -42,7 +42,7 @@ fn provoke(reason: Decline) -> Option<(Job, u32, i32)> {
         // Its one rank has nobody to vote with and no payload to reduce: it is declined without a word.
         Decline::OneRank => return None,
         // The plugin is loaded by the first communicator, whose configuration it cannot have seen.
-        Decline::Probe => (fault("rank=1,call=cuDeviceGetUuid_v2,nth=1,code=999"), 1, 999),
+        Decline::Probe => (fault("rank=1,call=cuDeviceGetUuid_v2,nth=0,code=999"), 1, 999),
         Decline::Architecture => (job(Topology::one_host(2).gpus("cc=8.0")), 0, 0),
         Decline::NoVirtualMemory => (job(Topology::one_host(2).gpu(0, 1, "fd-handle=0")), 1, 0),
         Decline::SharedGpu => (two().rank_env(1, "CUDA_VISIBLE_DEVICES", 0), 1, 0),
@@ -57,7 +57,7 @@ fn provoke(reason: Decline) -> Option<(Job, u32, i32)> {
             let job = job(Topology::one_host(37)).env("TWOSHOT_MAX_BYTES", "1G");
             (job.env("TWOSHOT_ONESHOT_MAX_BYTES", "1G"), 0, 0)
         }
-        Decline::Module => (fault("rank=1,call=cuModuleLoadData,nth=1,code=209"), 1, 209),
+        Decline::Module => (fault("rank=1,call=cuModuleLoadData,nth=0,code=209"), 1, 209),
         Decline::Allocate => (fault("rank=1,call=cuMemCreate,nth=1,code=2"), 1, 2),
         Decline::Export => (fault("rank=1,call=cuMemExportToShareableHandle,nth=1,code=1"), 1, 1),
         // One rank comes late from the vote before: without host memory its blobs are copied, and a copy can be slow.
