@@ -294,11 +294,9 @@ fn prepare(context: &Arc<Context>, domain: &Domain, rank: u32, config: &Config, 
     let sms = domain.facts[rank as usize].blocks;
     let handle = domain.handle;
     let of_kernels = Arc::clone(context);
-    let (multicast, switch) = (domain.multicast, config.switch_reduce);
+    let of_config = config.clone();
     let (granularity, blocks, all_sms, module, kernels) = bounded("loading the kernels", deadline, move || {
-        let module = Module::load(&of_kernels)?;
-        // Those of the communicators to come as well: nothing is to be loaded once kernels wait for peers.
-        module.complete(multicast, switch)?;
+        let module = load_all(&of_kernels, &of_config)?;
         let kernels = module.kernels(ranks, false, false)?;
         let resident = kernels.resident_per_sm().saturating_mul(sms);
         if resident == 0 {
@@ -431,16 +429,22 @@ pub fn preload(device: i32, config: &Config) {
     }
     let load = || {
         let device = Device::new(device)?;
-        if !Module::compiled_for(device.arch()?) {
-            return Ok(());
+        if Module::compiled_for(device.arch()?) {
+            load_all(&Context::retain(device)?, config)?;
         }
-        let context = Context::retain(device)?;
-        let multicast = config.multicast && device.facts()?.multicast;
-        Module::load(&context)?.complete(multicast, config.switch_reduce)
+        Ok::<(), Error>(())
     };
     if let Err(error) = load() {
         trace!(device, "loading the kernels early: {error}");
     }
+}
+
+/// The kernels, every one of them loaded: those of communicators to come as well, since nothing is to be loaded once
+/// kernels wait for peers.
+fn load_all(context: &Arc<Context>, config: &Config) -> Result<Arc<Module>> {
+    let module = Module::load(context)?;
+    module.complete(config.multicast && context.device().multicast(), config.switch_reduce)?;
+    Ok(module)
 }
 
 /// The context of a communicator's device.

@@ -139,10 +139,10 @@ pub unsafe extern "C" fn ncclCommInitRankScalable(
 pub unsafe extern "C" fn ncclCommInitAll(comms: *mut Comm, count: c_int, devices: *const c_int) -> Code {
     guard(|| {
         if !transparent() {
-            for i in 0..usize::try_from(count).unwrap_or(0) {
-                // SAFETY: null, or the caller's array of `count` ordinals.
-                preload::on(if devices.is_null() { i as c_int } else { unsafe { *devices.add(i) } });
-            }
+            // SAFETY: null, or the caller's array of `count` ordinals.
+            let device = |i: c_int| if devices.is_null() { i } else { unsafe { *devices.add(i as usize) } };
+            // Up to the first that does not exist: stock NCCL says what is wrong with such a list.
+            let _ = (0..count).all(|i| preload::on(device(i)));
         }
         let result = make(std::ptr::null_mut(), None, comms, |nccl| {
             // SAFETY: the caller's own arguments.

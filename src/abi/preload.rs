@@ -8,7 +8,7 @@
 use std::ffi::c_int;
 
 use crate::config::Config;
-use crate::driver::{current_ordinal, with_relaxed_capture};
+use crate::driver::{Device, current_ordinal, with_relaxed_capture};
 use crate::setup;
 
 /// Before a communicator is made: NCCL makes it on the thread's device.
@@ -18,8 +18,13 @@ pub(super) fn here() {
     }
 }
 
-/// Before one is made on this device. What fails is not said here: set-up meets it again and says it.
-pub(super) fn on(device: c_int) {
+/// Before one is made on this device; false if there is none. What fails is not said here: set-up meets it again and
+/// says it.
+pub(super) fn on(device: c_int) -> bool {
+    if Device::new(device).is_err() {
+        return false;
+    }
     // The capture of some other thread is none of it.
     with_relaxed_capture(|| setup::preload(device, Config::get()));
+    true
 }

@@ -69,6 +69,12 @@ impl Device {
         Ok(u32::try_from(major * 10 + minor).unwrap_or(0))
     }
 
+    /// The silicon and the driver can do multicast.
+    pub fn multicast(&self) -> bool {
+        let able = self.attribute(sys::CU_DEVICE_ATTRIBUTE_MULTICAST_SUPPORTED).is_ok_and(|value| value != 0);
+        able && self.api.cuMulticastCreate.is_some()
+    }
+
     /// Its multiprocessors.
     pub fn sms(&self) -> Result<u32> {
         let sms = self.attribute(sys::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
@@ -93,7 +99,7 @@ impl Device {
                 && has(sys::CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING),
             fd_handles: has(sys::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED),
             fabric_handles: has(sys::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED),
-            multicast: has(sys::CU_DEVICE_ATTRIBUTE_MULTICAST_SUPPORTED) && self.api.cuMulticastCreate.is_some(),
+            multicast: self.multicast(),
             uuid: uuid.bytes.map(|byte| byte as u8),
             bus_id: bus.map(|byte| byte as u8),
         })

@@ -117,7 +117,8 @@ impl Module {
             for ranks in [2, 4, 8, u32::MAX] {
                 self.kernels(ranks, false, false)?;
                 if multicast {
-                    self.kernels(ranks, true, switch)?;
+                    // Optional: what fails here is said, and costs multicast only, where it is set up.
+                    let _ = self.kernels(ranks, true, switch);
                 }
             }
             let _ = self.complete.set(());

@@ -172,8 +172,8 @@ fn a_rank_that_is_stopped_in_the_middle_of_set_up_for_longer_than_its_own_deadli
 /// One rank gives up after 100 ms, another may take so long for each of several steps that its peer would have lost it.
 #[test]
 fn ranks_with_different_deadlines_wait_for_each_other_as_long_as_the_most_patient_one_may_take() {
-    let rules = "rank=1,call=cuMemGetAllocationGranularity,nth=1,delay=4000;rank=1,call=cuMulticastGetGranularity,nth=1,delay=4000;\
-        rank=1,call=nvmlDeviceGetP2PStatus,nth=1,delay=4000";
+    let rules = "rank=1,call=cuMemGetAllocationGranularity,nth=1,delay=4000;\
+        rank=1,call=cuMulticastGetGranularity,nth=1,delay=4000;rank=1,call=nvmlDeviceGetP2PStatus,nth=1,delay=4000";
     let report = World::OneHost
         .job("random calls=4 seed=2 max=3000; destroy; release")
         .rank_env(0, "TWOSHOT_SETUP_TIMEOUT_MS", 100)
