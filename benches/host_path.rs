@@ -32,6 +32,7 @@ fn decisions(criterion: &mut Criterion) {
         switch_bytes: twoshot::route::NEVER,
         switch_max_bytes: 0,
         piece_bytes: 4 << 20,
+        bulk_bytes: 0,
         scaled_bytes: 2 << 20,
         blocks: 32,
         small_blocks: 64,

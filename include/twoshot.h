@@ -30,9 +30,10 @@ struct twoshot_communicator {
   uint32_t nccl;      /* minor release of stock NCCL, 228 for 2.28; 0 where the ranks have different ones */
   uint32_t multicast; /* 1 where all ranks have it */
   uint32_t blocks;    /* most thread blocks of a launch */
-  uint64_t oneshot_bytes; /* largest payload of one-shot, of two-shot; above it calls are stock NCCL's */
+  uint64_t oneshot_bytes; /* largest payload of one-shot, of two-shot; above it and bulk_bytes calls are stock NCCL's */
   uint64_t twoshot_bytes;
   uint64_t switch_bytes; /* smallest payload above one-shot's whose sum the switch makes, 2^64 - 1 where it makes none */
+  uint64_t bulk_bytes;   /* largest payload above two-shot's that goes through the ring, 0 where none does */
 };
 
 /* Describes a communicator (an ncclComm_t). Fields beyond the caller's size are left out. Returns 0, or

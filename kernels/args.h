@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* A window is one allocation: [header][stage 0][stage 1][stage 2]. */
+/* A window is one allocation: [header][stage 0][stage 1][stage 2], and behind them, where there is one, [ring]. */
 #define TWOSHOT_LINE_BYTES 16      /* the unit of every transfer and poll */
 #define TWOSHOT_HALF_BYTES 8       /* payload in a line of the types that kernels/wire.cuh escapes */
 #define TWOSHOT_SLOT_LINES 8       /* slots and shards start on multiples of this many lines */
@@ -17,6 +17,17 @@
 #define TWOSHOT_MAX_THREADS 512
 #define TWOSHOT_CHUNK_LINES 128    /* lines of a shard that a rank announces together (switch.cuh) */
 #define TWOSHOT_LINE_FLAGS 4       /* arrival flags in a line: one word for each rank */
+
+/* The ring (ring.cuh): [flags][slots], each by phase, peer and channel. */
+#define TWOSHOT_BULK_THREADS 512   /* a warp polls, one signals, the others have these roles: */
+#define TWOSHOT_BULK_SCATTERERS 4
+#define TWOSHOT_BULK_REDUCERS 6
+#define TWOSHOT_BULK_COLLECTORS 4
+#define TWOSHOT_BULK_SCATTERERS_OF_TWO 4 /* between two ranks, where nobody collects */
+#define TWOSHOT_BULK_REDUCERS_OF_TWO 10
+#define TWOSHOT_BULK_MAX_RANKS 16  /* a poller has 16 lanes for each phase */
+#define TWOSHOT_FLAG_BYTES 8
+#define TWOSHOT_BLOCK_WORDS 96     /* words of shared memory that the warps of a block tell each other */
 
 #define TWOSHOT_SENTINEL 0xFFFAFFFAu    /* a word that no publisher ever stores */
 #define TWOSHOT_REPLACEMENT 0xFFFAFFFBu /* what it stores instead: NaN again, in f32, f16 and bf16 */
@@ -33,6 +44,7 @@
 #define TWOSHOT_KERNEL_ONESHOT 1
 #define TWOSHOT_KERNEL_TWOSHOT 2
 #define TWOSHOT_KERNEL_SWITCH 3
+#define TWOSHOT_KERNEL_BULK 4
 #define TWOSHOT_PHASE_SCATTER 1
 #define TWOSHOT_PHASE_BROADCAST 2
 
@@ -65,6 +77,9 @@ typedef struct TwoshotArgs {
   uint32_t op;            /* TWOSHOT_OP_* */
   uint16_t type;          /* TWOSHOT_TYPE_* or another ncclDataType_t */
   uint16_t trigger;       /* 1: the next launch of the stream may become resident now; it waits for this one's end */
+  uint32_t channels;      /* of the ring; the same on every rank, as are the two behind it */
+  uint16_t ring_log2;     /* chunks of a channel that the ring holds, of every peer and phase, as a power of two, 4 at least */
+  uint16_t chunk_log2;    /* lines of a chunk of the ring, as a power of two, at least 7 */
 } TwoshotArgs;
 
 /* The parameter of the kernels of scale.cuh, passed by value. */
@@ -84,6 +99,7 @@ typedef struct TwoshotState {
   uint32_t epoch[TWOSHOT_MAX_BLOCKS]; /* launches so far, one copy per block */
   uint32_t ticket;                    /* twice the launches so far, odd while one runs: detects overlap */
   uint32_t fault_claim;               /* 1 once a thread has claimed the fault record */
+  uint64_t base[TWOSHOT_MAX_BLOCKS];  /* chunks that went through a channel of the ring, one copy per block */
 } TwoshotState;
 
 /* Host memory that the device can reach. The host writes abort, the device all the rest. */
@@ -104,7 +120,7 @@ typedef struct TwoshotControl {
 #define TWOSHOT_ASSERT(condition) _Static_assert(condition, #condition)
 #endif
 
-TWOSHOT_ASSERT(sizeof(TwoshotArgs) == 88);
+TWOSHOT_ASSERT(sizeof(TwoshotArgs) == 96);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, in) == 0);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, out) == 8);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, count) == 16);
@@ -119,6 +135,9 @@ TWOSHOT_ASSERT(offsetof(TwoshotArgs, ranks) == 76);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, op) == 80);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, type) == 84);
 TWOSHOT_ASSERT(offsetof(TwoshotArgs, trigger) == 86);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, channels) == 88);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, ring_log2) == 92);
+TWOSHOT_ASSERT(offsetof(TwoshotArgs, chunk_log2) == 94);
 
 TWOSHOT_ASSERT(sizeof(TwoshotScaleArgs) == 56);
 TWOSHOT_ASSERT(offsetof(TwoshotScaleArgs, in) == 0);
@@ -130,10 +149,11 @@ TWOSHOT_ASSERT(offsetof(TwoshotScaleArgs, factor_address) == 40);
 TWOSHOT_ASSERT(offsetof(TwoshotScaleArgs, type) == 48);
 TWOSHOT_ASSERT(offsetof(TwoshotScaleArgs, trigger) == 52);
 
-TWOSHOT_ASSERT(sizeof(TwoshotState) == 4 * TWOSHOT_MAX_BLOCKS + 8);
+TWOSHOT_ASSERT(sizeof(TwoshotState) == 12 * TWOSHOT_MAX_BLOCKS + 8);
 TWOSHOT_ASSERT(sizeof(TwoshotState) <= TWOSHOT_HEADER_BYTES);
 TWOSHOT_ASSERT(offsetof(TwoshotState, ticket) == 4 * TWOSHOT_MAX_BLOCKS);
 TWOSHOT_ASSERT(offsetof(TwoshotState, fault_claim) == 4 * TWOSHOT_MAX_BLOCKS + 4);
+TWOSHOT_ASSERT(offsetof(TwoshotState, base) == 4 * TWOSHOT_MAX_BLOCKS + 8);
 
 TWOSHOT_ASSERT(sizeof(TwoshotControl) == 40);
 TWOSHOT_ASSERT(offsetof(TwoshotControl, abort) == 0);

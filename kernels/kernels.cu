@@ -2,6 +2,7 @@
 // ranks: 2, 4 and 8 are compiled for that number, n takes any. uc pushes to each peer, mc to the multicast window.
 // f32, f16 and bf16 only sum; all other types (of folds.cuh, several of NCCL's each) do what TwoshotArgs.op says.
 // twoshot_scale_{type} multiplies by a factor what one of those then sums.
+#include "bulk.cuh"
 #include "oneshot.cuh"
 #include "scale.cuh"
 #include "switch.cuh"
@@ -34,12 +35,32 @@
   X(switch, f32, n, 0, mc, true) \
   X(switch, f16, n, 0, mc, true) \
   X(switch, bf16, n, 0, mc, true)
+// Every rank stores to every other: no multicast. Two ranks have a form of their own, in every type.
+#define TWOSHOT_BULK_FOLD(X, type)   \
+  X(bulk, type, 2, 2, uc, false)     \
+  X(bulk, type, n, 0, uc, false)
+#define TWOSHOT_BULK_SUM(X, type)    \
+  TWOSHOT_BULK_FOLD(X, type)         \
+  X(bulk, type, 4, 4, uc, false)
+#define TWOSHOT_BULK(X)        \
+  TWOSHOT_BULK_SUM(X, f32)     \
+  TWOSHOT_BULK_SUM(X, f16)     \
+  TWOSHOT_BULK_SUM(X, bf16)    \
+  TWOSHOT_BULK_FOLD(X, f32op)  \
+  TWOSHOT_BULK_FOLD(X, f16op)  \
+  TWOSHOT_BULK_FOLD(X, bf16op) \
+  TWOSHOT_BULK_FOLD(X, i8)     \
+  TWOSHOT_BULK_FOLD(X, i32)    \
+  TWOSHOT_BULK_FOLD(X, i64)    \
+  TWOSHOT_BULK_FOLD(X, f64)    \
+  TWOSHOT_BULK_FOLD(X, fp8)
 #define TWOSHOT_KERNELS(X)  \
   TWOSHOT_TYPES(X, oneshot) \
   TWOSHOT_TYPES(X, twoshot) \
   TWOSHOT_FOLDS(X, oneshot) \
   TWOSHOT_FOLDS(X, twoshot) \
-  TWOSHOT_SWITCH(X)
+  TWOSHOT_SWITCH(X)         \
+  TWOSHOT_BULK(X)
 
 // X(type); i8, i32 and i64 stand for the unsigned types too, fp8 for e4m3 and e5m2.
 #define TWOSHOT_SCALES(X) X(f32) X(f16) X(bf16) X(i8) X(i32) X(i64) X(f64) X(fp8)

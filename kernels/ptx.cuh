@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "args.h"
+
 #ifdef TWOSHOT_HOST
 #include "host_ptx.h"
 #else
@@ -173,6 +175,56 @@ TWOSHOT_DEVICE void multimem_ld_reduce_add_relaxed_sys_v4_bf16x2_if(Line& line, 
 TWOSHOT_DEVICE void st_release_sys_u32(uint64_t address, uint32_t value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
+
+// ---- flags of the ring: the only 8-byte arrivals ---------------------------------------------------------------
+
+TWOSHOT_DEVICE uint64_t ld_acquire_sys_u64(uint64_t address) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+// Behind a fence that covers what it speaks of. (`.b64`: tests/ptx_lint.rs tells flags from all else by it.)
+TWOSHOT_DEVICE void st_relaxed_sys_b64(uint64_t address, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+TWOSHOT_DEVICE uint64_t ld_relaxed_sys_u64(uint64_t address) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+// ---- what the warps of a block tell each other ------------------------------------------------------------------
+
+// Words of shared memory, by index.
+TWOSHOT_DEVICE uint32_t block_word(uint32_t index) {
+  __shared__ uint32_t words[TWOSHOT_BLOCK_WORDS];
+  return static_cast<uint32_t>(__cvta_generic_to_shared(words)) + 4 * index;
+}
+
+TWOSHOT_DEVICE void st_relaxed_cta_block_word(uint32_t index, uint32_t value) {
+  asm volatile("st.relaxed.cta.shared.u32 [%0], %1;" ::"r"(block_word(index)), "r"(value) : "memory");
+}
+
+TWOSHOT_DEVICE uint32_t ld_acquire_cta_block_word(uint32_t index) {
+  uint32_t value;
+  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"(block_word(index)) : "memory");
+  return value;
+}
+
+// What has arrived, on behalf of a peer.
+TWOSHOT_DEVICE void st_release_cta_block_word_ready(uint32_t index, uint32_t value) {
+  asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(block_word(index)), "r"(value) : "memory");
+}
+
+// What a warp has done. (`.b32`: see above.)
+TWOSHOT_DEVICE void st_release_cta_block_word_done(uint32_t index, uint32_t value) {
+  asm volatile("st.release.cta.shared.b32 [%0], %1;" ::"r"(block_word(index)), "r"(value) : "memory");
+}
+
+// Orders what the lanes of a warp did before it and do behind it.
+TWOSHOT_DEVICE void bar_warp_sync() { asm volatile("bar.warp.sync 0xFFFFFFFF;" ::: "memory"); }
 
 // Between accesses to the same memory by its own address and by the multicast address.
 TWOSHOT_DEVICE void fence_proxy_alias() { asm volatile("fence.proxy.alias;" ::: "memory"); }

@@ -128,7 +128,9 @@ TWOSHOT_UNROLL
       if (first + e >= count) continue;
       const uint64_t address = in + (first + e) * T::kBytes;
       if constexpr (T::kBytes == 8) {
-        ld_weak_v2_if(line, address, true);
+        Line element = {};
+        ld_weak_v2_if(element, address, true);
+        line.word[2 * e] = element.word[0], line.word[2 * e + 1] = element.word[1];
       } else if constexpr (T::kBytes == 4) {
         line.word[e] = ld_weak_b32(address);
       } else if constexpr (T::kBytes == 1) {
@@ -148,7 +150,7 @@ TWOSHOT_UNROLL
       if (first + e >= count) continue;
       const uint64_t address = out + (first + e) * T::kBytes;
       if constexpr (T::kBytes == 8) {
-        st_weak_v2_if(address, line, true);
+        st_weak_v2_if(address, Line{{line.word[2 * e], line.word[2 * e + 1], 0, 0}}, true);
       } else if constexpr (T::kBytes == 4) {
         st_weak_b32(address, line.word[e]);
       } else if constexpr (T::kBytes == 1) {

@@ -280,9 +280,13 @@ fn log_on(device: i32, rank: u32, established: &Established) {
             format!(", sums in the switch from {from} to {} B", agreement.switch_max_bytes)
         }
     };
+    let bulk = match agreement.bulk_bytes {
+        0 => String::new(),
+        bytes => format!(", bulk to {bytes} B"),
+    };
     info!(
         device,
-        "rank {rank}/{}: ON, {} host(s), {multicast}, handles {:?}, one-shot to {} B, two-shot to {} B{switch}, blocks {}, \
+        "rank {rank}/{}: ON, {} host(s), {multicast}, handles {:?}, one-shot to {} B, two-shot to {} B{switch}{bulk}, blocks {}, \
          memory {} B, table: {table}{remark}",
         agreement.ranks,
         established.hosts,

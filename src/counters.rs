@@ -203,8 +203,8 @@ impl std::fmt::Display for Counters {
         for algorithm in Algorithm::ALL {
             let (calls, more) = self.row(row_of(algorithm));
             bytes += more;
-            // Hardly anybody has the switch's sums.
-            if Algorithm::TABLED.contains(&algorithm) || calls > 0 {
+            // Not everybody has the switch's sums, or a ring.
+            if matches!(algorithm, Algorithm::OneShot | Algorithm::TwoShot) || calls > 0 {
                 write!(f, "{} {calls}, ", algorithm.name())?;
             }
         }

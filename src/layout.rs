@@ -1,10 +1,10 @@
 //! Where every byte of the shared memory lies: the one computation that the gate, the allocator, the host
 //! and (by the assertions in `driver::kernel`) the kernels use.
 //!
-//! A rank's **window** is `[header][stage 0][stage 1][stage 2]`. Inside a stage the unit is the **line**, 16
+//! A rank's **window** is `[header][stage 0][stage 1][stage 2]` and, where large payloads are taken, `[ring]`. Inside a stage the unit is the **line**, 16
 //! bytes. One-shot uses `ranks` slots of `slot` lines; two-shot a scatter region of `ranks` shards and, behind
 //! it, a broadcast region of `ranks` shards; where the switch adds, the first region holds the rank's own input, and
-//! behind both lie the arrivals of the own shard's chunks.
+//! behind both lie the arrivals of the own shard's chunks. The ring is [`Ring`]'s.
 #![forbid(unsafe_code)]
 
 /// Bytes of one line, the granule of every store, poll and re-arm.
@@ -27,6 +27,14 @@ pub const MAX_THREADS: u32 = 512;
 pub const CHUNK_LINES: u64 = 128;
 /// Ranks that announce a chunk in one line.
 pub const LINE_FLAGS: u64 = 4;
+/// Bytes of a flag of the ring (`kernels/ring.cuh`).
+pub const FLAG: u64 = 8;
+/// Most ranks that a ring is for.
+pub const RING_RANKS: u64 = 16;
+/// Most channels of a ring: its memory grows with them.
+pub const MAX_CHANNELS: u32 = 64;
+/// Most lines of a payload that goes through a ring; their indices have 32 bits.
+const RING_LINES: u64 = 1 << 31;
 
 /// The algorithms.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -37,13 +45,16 @@ pub enum Algorithm {
     TwoShot,
     /// Two-shot whose shards are added up by the NVLink switch on their way to their owners.
     Switch,
+    /// One-shot between two ranks, else two-shot, for payloads that are bandwidth alone: through the ring, any size in one
+    /// launch.
+    Bulk,
 }
 
 impl Algorithm {
     /// All, in the order of the kernel table.
-    pub const ALL: [Self; 3] = [Self::OneShot, Self::TwoShot, Self::Switch];
+    pub const ALL: [Self; 4] = [Self::OneShot, Self::TwoShot, Self::Switch, Self::Bulk];
     /// Those between which the cross-over table decides.
-    pub const TABLED: [Self; 2] = [Self::OneShot, Self::TwoShot];
+    pub const TABLED: [Self; 3] = [Self::OneShot, Self::TwoShot, Self::Bulk];
 
     /// The word that stands for it in kernel names and log lines.
     pub fn name(self) -> &'static str {
@@ -51,6 +62,7 @@ impl Algorithm {
             Self::OneShot => "oneshot",
             Self::TwoShot => "twoshot",
             Self::Switch => "switch",
+            Self::Bulk => "bulk",
         }
     }
 }
@@ -82,11 +94,46 @@ impl Packing {
     }
 }
 
+/// The ring that payloads of [`Algorithm::Bulk`] go through: for each phase, peer and channel so many slots of a chunk, and
+/// a flag for each, all flags in front.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Ring {
+    /// Most blocks that can work on one payload: each does a channel.
+    pub channels: u32,
+    /// Chunks of a channel that it holds, as a power of two.
+    pub ring_log2: u16,
+    /// Lines of a chunk, as a power of two.
+    pub chunk_log2: u16,
+    phases_and_peers: u64,
+}
+
+impl Ring {
+    /// The ring of so many ranks; none where there are too many. Chunks of 8 KiB; the more peers share the links, the
+    /// fewer chunks of each are under way.
+    pub fn of(ranks: u64, channels: u32) -> Option<Self> {
+        let (phases, ring_log2) = match ranks {
+            2 => (1, 5),
+            3 | 4 => (2, 4),
+            5..=RING_RANKS => (2, 3),
+            _ => return None,
+        };
+        let channels = channels.clamp(1, MAX_CHANNELS);
+        Some(Self { channels, ring_log2, chunk_log2: 9, phases_and_peers: phases * (ranks - 1) })
+    }
+
+    /// Its bytes, a multiple of 128.
+    pub fn bytes(&self) -> u64 {
+        let slots = (self.phases_and_peers * u64::from(self.channels)) << self.ring_log2;
+        (slots * FLAG).next_multiple_of(LINE * LINES_ALIGN) + slots * (LINE << self.chunk_log2)
+    }
+}
+
 /// Sizes of one communicator's windows.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Layout {
     ranks: u64,
     stage_bytes: u64,
+    ring: Option<Ring>,
 }
 
 /// How one payload lies in a stage. Its bytes are those carried ([`Packing::carried`]).
@@ -96,9 +143,10 @@ pub struct Shape {
     pub lines: u64,
     /// Lines from one slot (one-shot) or shard (all others) to the next.
     pub stride: u64,
-    /// Lines of the stage the call may touch; everything polled and re-armed lies below.
+    /// Lines of the stage the call may touch; everything polled and re-armed lies below. None where it goes through the ring.
     pub used: u64,
-    /// Lines that the threads of one rank share out among themselves.
+    /// Lines that the threads of one rank share out among themselves; chunks that its blocks do where it goes through the
+    /// ring.
     pub work: u64,
 }
 
@@ -109,12 +157,19 @@ impl Shape {
             return None;
         }
         let lines = bytes.div_ceil(LINE);
+        if algorithm == Algorithm::Bulk {
+            let shard = lines.div_ceil(ranks).checked_next_multiple_of(LINES_ALIGN)?.min(lines);
+            let part = if ranks == 2 { lines } else { shard };
+            let work = part.div_ceil(1 << Ring::of(ranks, 1)?.chunk_log2);
+            return Some(Self { lines, stride: part, used: 0, work });
+        }
         let (stride, regions, work) = match algorithm {
             Algorithm::OneShot => (lines.checked_next_multiple_of(LINES_ALIGN)?, 1, lines),
             Algorithm::TwoShot | Algorithm::Switch => {
                 let stride = lines.div_ceil(ranks).checked_next_multiple_of(LINES_ALIGN)?;
                 (stride, 2, stride.min(lines))
             }
+            Algorithm::Bulk => return None,
         };
         let arrivals = match algorithm {
             Algorithm::Switch => stride.div_ceil(CHUNK_LINES).checked_mul(ranks.div_ceil(LINE_FLAGS))?,
@@ -133,7 +188,7 @@ impl Layout {
         let one = Shape::of(Algorithm::OneShot, ranks, oneshot_bytes)?.used;
         let two = Shape::of(Algorithm::TwoShot, ranks, twoshot_bytes)?.used;
         let stage_bytes = one.max(two).max(LINES_ALIGN).checked_mul(LINE)?;
-        let layout = Self { ranks, stage_bytes };
+        let layout = Self { ranks, stage_bytes, ring: None };
         layout.stage_bytes.checked_mul(STAGES)?.checked_add(HEADER)?;
         Some(layout)
     }
@@ -146,6 +201,17 @@ impl Layout {
         Some(layout)
     }
 
+    /// The same stages, and behind them a ring of so many channels; nothing where there are too many ranks for one.
+    pub fn with_ring(self, channels: u32) -> Option<Self> {
+        let layout = Self { ring: Some(Ring::of(self.ranks, channels)?), ..self };
+        self.window_bytes().checked_add(layout.ring?.bytes()).map(|_| layout)
+    }
+
+    /// The ring, if there is one.
+    pub fn ring(&self) -> Option<Ring> {
+        self.ring
+    }
+
     /// Bytes of one stage; a multiple of 128.
     pub fn stage_bytes(&self) -> u64 {
         self.stage_bytes
@@ -153,10 +219,10 @@ impl Layout {
 
     /// Bytes of one window before rounding to the driver's granularity.
     pub fn window_bytes(&self) -> u64 {
-        HEADER + STAGES * self.stage_bytes
+        HEADER + STAGES * self.stage_bytes + self.ring.map_or(0, |ring| ring.bytes())
     }
 
-    /// The largest payload, in bytes carried, that a stage holds.
+    /// The largest payload, in bytes carried, of one launch.
     pub fn largest(&self, algorithm: Algorithm) -> u64 {
         let lines = self.stage_bytes / LINE;
         let whole = |lines: u64| lines / LINES_ALIGN * LINES_ALIGN;
@@ -172,13 +238,17 @@ impl Layout {
                 }
                 return fits;
             }
+            Algorithm::Bulk => self.ring.map_or(0, |_| RING_LINES),
         };
         lines * LINE
     }
 
-    /// The shape of a payload if it fits a stage.
+    /// The shape of a payload if it fits a stage, or if there is a ring for it.
     pub fn fit(&self, algorithm: Algorithm, bytes: u64) -> Option<Shape> {
         let shape = Shape::of(algorithm, self.ranks, bytes)?;
+        if algorithm == Algorithm::Bulk {
+            return (self.ring.is_some() && shape.lines <= RING_LINES).then_some(shape);
+        }
         (shape.used <= self.stage_bytes / LINE).then_some(shape)
     }
 }
@@ -188,6 +258,31 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const STAGED: [Algorithm; 3] = [Algorithm::OneShot, Algorithm::TwoShot, Algorithm::Switch];
+
+    #[test]
+    fn a_ring_takes_any_payload_lies_behind_the_stages_and_is_for_so_many_ranks() {
+        let bare = Layout::for_payloads(2, 1 << 20, 4 << 20).unwrap();
+        assert!(bare.fit(Algorithm::Bulk, 1).is_none() && bare.largest(Algorithm::Bulk) == 0);
+        for ranks in 2..=16 {
+            let bare = Layout::for_payloads(ranks, 1 << 20, 4 << 20).unwrap();
+            let with = bare.with_ring(24).unwrap();
+            let ring = with.ring().unwrap();
+            assert_eq!(with.window_bytes(), bare.window_bytes() + ring.bytes());
+            assert_eq!((ring.bytes() % 128, with.stage_bytes()), (0, bare.stage_bytes()));
+            assert!(ring.bytes() <= 48 << 20, "{ranks} ranks: {}", ring.bytes());
+            let most = with.largest(Algorithm::Bulk);
+            assert!(with.fit(Algorithm::Bulk, most).is_some() && with.fit(Algorithm::Bulk, most + 1).is_none());
+            // Every chunk of the longest part is some block's work.
+            let shape = with.fit(Algorithm::Bulk, 1 << 30).unwrap();
+            let part = if ranks == 2 { 1 << 26 } else { (1u64 << 26).div_ceil(ranks.into()).next_multiple_of(8) };
+            assert_eq!(shape.work, part.div_ceil(512));
+        }
+        assert!(Layout::for_payloads(17, 1, 1).unwrap().with_ring(24).is_none());
+        assert_eq!(Ring::of(2, 24).unwrap().bytes(), 24 * 32 * (8192 + 8));
+        assert_eq!((Ring::of(4, 0).unwrap().channels, Ring::of(4, 256).unwrap().channels), (1, 64));
+    }
+
     proptest! {
         #[test]
         fn every_payload_that_fits_ends_inside_its_stage(
@@ -196,7 +291,7 @@ mod tests {
             let Some(layout) = Layout::for_payloads(ranks, cap_one, cap_two) else { return Ok(()) };
             let Some(layout) = layout.with_switch(cap_two / 2) else { return Ok(()) };
             prop_assert_eq!(layout.stage_bytes() % 128, 0);
-            for algorithm in Algorithm::ALL {
+            for algorithm in STAGED {
                 if let Some(shape) = layout.fit(algorithm, bytes) {
                     prop_assert!(shape.used * LINE <= layout.stage_bytes());
                     prop_assert!(shape.stride * u64::from(ranks) <= shape.used);
@@ -211,7 +306,7 @@ mod tests {
             let Some(layout) = Layout::for_payloads(ranks, one, two) else { return Ok(()) };
             prop_assert!(layout.fit(Algorithm::OneShot, one).is_some());
             prop_assert!(layout.fit(Algorithm::TwoShot, two).is_some());
-            for algorithm in Algorithm::ALL {
+            for algorithm in STAGED {
                 let most = layout.largest(algorithm);
                 prop_assert!(layout.fit(algorithm, most).is_some() && layout.fit(algorithm, most + 1).is_none());
             }

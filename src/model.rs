@@ -28,13 +28,15 @@ pub enum What {
     Stock,
 }
 
-impl From<Algorithm> for What {
-    fn from(algorithm: Algorithm) -> Self {
-        match algorithm {
+impl What {
+    /// An algorithm's; what goes through the ring is not modelled.
+    pub fn of(algorithm: Algorithm) -> Option<Self> {
+        Some(match algorithm {
             Algorithm::OneShot => Self::OneShot,
             Algorithm::TwoShot => Self::TwoShot,
             Algorithm::Switch => Self::Switch,
-        }
+            Algorithm::Bulk => return None,
+        })
     }
 }
 

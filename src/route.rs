@@ -25,6 +25,9 @@ pub struct Agreement {
     pub switch_max_bytes: u64,
     /// Largest part of it that one launch reduces.
     pub piece_bytes: u64,
+    /// Largest payload that goes through the ring, in bytes, whatever the lines of the others carry: all above two-shot's
+    /// do. 0 where there is no ring.
+    pub bulk_bytes: u64,
     /// Largest payload of a pre-multiplied sum, in bytes; 0 where they are stock NCCL's.
     pub scaled_bytes: u64,
     /// Most blocks of a launch: the smallest budget of all ranks.
@@ -84,7 +87,7 @@ impl Reason {
 /// How a routed call runs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Plan {
-    /// One-shot, two-shot, or two-shot with the switch's sums.
+    /// Which algorithm.
     pub algorithm: Algorithm,
     /// Which kernels.
     pub class: Class,
@@ -136,6 +139,8 @@ pub fn decide(call: &Call, agreed: &Agreement) -> Route {
         Algorithm::Switch
     } else if bytes <= agreed.twoshot_bytes {
         Algorithm::TwoShot
+    } else if payload <= agreed.bulk_bytes {
+        return bulk(call, class, payload, agreed);
     } else {
         return Route::Stock(Reason::Size);
     };
@@ -152,6 +157,25 @@ pub fn decide(call: &Call, agreed: &Agreement) -> Route {
     let budget = if bytes <= SMALL { agreed.small_blocks } else { agreed.blocks };
     let (blocks, threads) = grid(shape.work, budget);
     Route::Routed(Plan { algorithm, class, dtype: call.dtype, op: call.op, blocks, threads, piece, factor: None })
+}
+
+/// Through the ring, where every line is all payload and one launch takes any number of them.
+fn bulk(call: &Call, class: Class, payload: u64, agreed: &Agreement) -> Route {
+    let layout = &agreed.layout;
+    let (Some(ring), Some(shape)) = (layout.ring(), layout.fit(Algorithm::Bulk, payload)) else {
+        return Route::Stock(Reason::Size);
+    };
+    let blocks = u32::try_from(shape.work).unwrap_or(u32::MAX).clamp(1, ring.channels);
+    Route::Routed(Plan {
+        algorithm: Algorithm::Bulk,
+        class,
+        dtype: call.dtype,
+        op: call.op,
+        blocks,
+        threads: MAX_THREADS,
+        piece: call.count,
+        factor: None,
+    })
 }
 
 /// Decides a pre-multiplied sum, whose `op` says nothing: it is the sum of the products, within limits of its own. The
@@ -220,6 +244,7 @@ mod tests {
             switch_bytes: NEVER,
             switch_max_bytes: 0,
             piece_bytes: 4 << 20,
+            bulk_bytes: 0,
             scaled_bytes: 2 << 20,
             blocks: 32,
             small_blocks: 64,
@@ -299,6 +324,31 @@ mod tests {
                 assert_eq!(algorithm == switch, summed, "{dtype:?} {op:?}");
             }
         }
+    }
+
+    #[test]
+    fn what_two_shot_leaves_goes_through_the_ring_in_one_launch_whatever_its_type() {
+        let layout = agreed().layout.with_ring(24).unwrap();
+        let with = Agreement { layout, bulk_bytes: 64 << 20, ..agreed() };
+        let pick = |dtype, count, agreed: &Agreement| match decide(&Call { count, dtype, ..sum(0) }, agreed) {
+            Route::Routed(plan) => Ok((plan.algorithm, plan.blocks, plan.threads, plan.piece)),
+            Route::Stock(reason) => Err(reason),
+        };
+        let (bf16, i8) = (DataType::BF16, DataType::I8);
+        assert_eq!(pick(bf16, 2 << 20, &with).unwrap().0, Algorithm::TwoShot);
+        let above = (2 << 20) + 1;
+        assert_eq!(pick(bf16, above, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, above)));
+        assert_eq!(pick(bf16, 32 << 20, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, 32 << 20)));
+        assert_eq!(pick(bf16, (32 << 20) + 1, &with), Err(Reason::Size));
+        // Lines that carry half as much end two-shot earlier, but fill the ring like any other.
+        assert_eq!(pick(i8, 2 << 20, &with).unwrap().0, Algorithm::TwoShot);
+        assert_eq!(pick(i8, (2 << 20) + 1, &with).unwrap().0, Algorithm::Bulk);
+        assert_eq!(pick(i8, 64 << 20, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, 64 << 20)));
+        // Alone it takes small ones too, with a block for each chunk of 8 KiB.
+        let alone = Agreement { oneshot_bytes: 0, twoshot_bytes: 0, ..with };
+        assert_eq!(pick(bf16, 1, &alone), Ok((Algorithm::Bulk, 1, MAX_THREADS, 1)));
+        assert_eq!(pick(bf16, 8 * 4 * 4096, &alone).unwrap().1, 4);
+        assert_eq!(pick(bf16, 1 << 20, &Agreement { layout: agreed().layout, ..alone }), Err(Reason::Size));
     }
 
     #[test]

@@ -33,6 +33,7 @@ use crate::workspace::{Own, PeerHandle, Workspace, allocate};
 use crate::{trace, warning};
 
 use known_answer::Checked;
+pub use limits::payloads;
 use limits::{Limits, limits, limits_in};
 pub use probe::{HostIdentity, build, overridden};
 

@@ -17,7 +17,7 @@ pub const NAME: &str = "twoshot-stats";
 /// First word: says what this is, and in which byte order.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"2shotst\x01");
 /// Second word. Any change of the layout, of a row or of a bucket is a new one.
-pub const VERSION: u64 = 3;
+pub const VERSION: u64 = 4;
 
 /// Rows of a table: the algorithms, then the reasons for stock NCCL.
 pub const ROWS: usize = Algorithm::ALL.len() + Reason::ALL.len();

@@ -26,10 +26,14 @@ pub struct World {
 pub struct Row {
     /// Largest payload of one-shot.
     pub oneshot_bytes: u64,
-    /// Largest payload of two-shot; above it the call is stock NCCL's.
+    /// Largest payload of two-shot.
     pub twoshot_bytes: u64,
+    /// Largest payload of what goes through the ring, above two-shot's; 0 for none. Above both the call is stock NCCL's.
+    pub bulk_bytes: u64,
     /// Most blocks a launch takes.
     pub blocks: u32,
+    /// The same for what goes through the ring.
+    pub bulk_blocks: u32,
     /// Where the limits come from.
     pub source: Source,
 }
@@ -66,22 +70,25 @@ const BLOCKS: u32 = 32;
 /// The same for payloads up to [`crate::route::SMALL`], where a launch and the next one have the device to themselves.
 pub const SMALL_BLOCKS: u32 = 64;
 
+/// Blocks of what goes through the ring: as many as stock NCCL has channels on two H100, and faster than any other number
+/// up to 32.
+pub const BULK_BLOCKS: u32 = 24;
+
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
 /// The row of a world. Total: every number of ranks gets an answer.
 ///
-/// Two H100, unicast: `benchmarks/` and docs/performance.md; at 16 MiB four launches win 4 % alone and lose 11 % beside
-/// matrix products, where each of them waits for free multiprocessors.
-/// Four: the prototype's curves cross between 128 and 256 KiB.
+/// Two H100, unicast: `benchmarks/` and docs/performance.md. Four: the prototype's curves cross between 128 and 256 KiB;
+/// the ring was not measured there.
 pub fn row(world: World) -> Row {
     let hopper_unicast = world.arch / 10 == 9 && !world.multicast;
-    let (oneshot_bytes, twoshot_bytes, source) = match world.ranks {
-        2 if hopper_unicast => (512 * KIB, 8 * MIB, Source::Measured),
-        4 if hopper_unicast => (128 * KIB, 4 * MIB, Source::Prototype),
+    let (oneshot_bytes, twoshot_bytes, bulk_bytes, source) = match world.ranks {
+        2 if hopper_unicast => (512 * KIB, 4 * MIB, 1024 * MIB, Source::Measured),
+        4 if hopper_unicast => (128 * KIB, 4 * MIB, 0, Source::Prototype),
         _ => return modelled::row(world),
     };
-    Row { oneshot_bytes, twoshot_bytes, blocks: BLOCKS, source }
+    Row { oneshot_bytes, twoshot_bytes, bulk_bytes, blocks: BLOCKS, bulk_blocks: BULK_BLOCKS, source }
 }
 
 /// The payloads from which and to which the model sees the switch's sums win, over two-shot and over stock NCCL; nothing
@@ -102,6 +109,7 @@ mod tests {
                     let row = row(World { ranks, arch, multicast, hosts: 1, nccl: 228 });
                     assert!(row.oneshot_bytes <= row.twoshot_bytes, "{ranks} {row:?}");
                     assert!(row.oneshot_bytes >= 8 * KIB && row.blocks >= 1);
+                    assert!(row.bulk_bytes == 0 || (row.bulk_bytes > row.twoshot_bytes && !multicast && ranks <= 16));
                 }
             }
         }

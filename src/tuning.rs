@@ -77,13 +77,20 @@ pub struct Tuned {
     pub nccl: String,
     /// Largest payload of one-shot, in bytes.
     pub oneshot_bytes: u64,
-    /// Largest payload of two-shot; above it the call is stock NCCL's.
+    /// Largest payload of two-shot.
     pub twoshot_bytes: u64,
+    /// Largest payload of what goes through the ring, above two-shot's; 0 for none. Above both the call is stock NCCL's.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub bulk_bytes: u64,
     /// Most blocks of a launch.
     pub blocks: u32,
     /// Where the row comes from, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 /// The band of an NCCL version code: 22809 is 2.28.9 and in band 228. Before 2.9 codes had a digit less.
@@ -122,8 +129,11 @@ impl Tuned {
         if self.oneshot_bytes > self.twoshot_bytes {
             return Err("`oneshot_bytes` is above `twoshot_bytes`");
         }
-        if self.twoshot_bytes > MOST_PAYLOAD {
-            return Err("`twoshot_bytes` is above 1 GiB");
+        if self.twoshot_bytes.max(self.bulk_bytes) > MOST_PAYLOAD {
+            return Err("`twoshot_bytes` or `bulk_bytes` is above 1 GiB");
+        }
+        if self.bulk_bytes != 0 && self.bulk_bytes <= self.twoshot_bytes {
+            return Err("`bulk_bytes` is not above `twoshot_bytes`");
         }
         if self.blocks < 1 || self.blocks > MAX_BLOCKS {
             return Err("`blocks` is not between 1 and 256");
@@ -173,7 +183,7 @@ impl Tuning {
             let world = row.world();
             let nccl = world.map_or(0, |world| u64::from(world.nccl));
             let small = [row.arch, row.ranks, row.hosts, u32::from(row.multicast), row.blocks].map(u64::from);
-            small.into_iter().chain([nccl, row.oneshot_bytes, row.twoshot_bytes])
+            small.into_iter().chain([nccl, row.oneshot_bytes, row.twoshot_bytes, row.bulk_bytes])
         });
         // The two smallest numbers mean something else in a vote.
         hashed(words).max(2)
@@ -182,8 +192,8 @@ impl Tuning {
     /// The row of a world, if the file has one.
     pub fn row(&self, world: World) -> Option<Row> {
         let tuned = self.rows.iter().find(|row| row.world() == Some(world))?;
-        let Tuned { oneshot_bytes, twoshot_bytes, blocks, .. } = *tuned;
-        Some(Row { oneshot_bytes, twoshot_bytes, blocks, source: Source::File })
+        let Tuned { oneshot_bytes, twoshot_bytes, bulk_bytes, blocks, .. } = *tuned;
+        Some(Row { oneshot_bytes, twoshot_bytes, bulk_bytes, blocks, bulk_blocks: blocks, source: Source::File })
     }
 
     /// Puts a row in the place of the one for the same world, or behind the others.
@@ -230,6 +240,7 @@ mod tests {
             nccl: "2.28".to_owned(),
             oneshot_bytes: 128 << 10,
             twoshot_bytes: 4 << 20,
+            bulk_bytes: 0,
             blocks: 24,
             note: None,
         }
@@ -273,6 +284,8 @@ mod tests {
             (file(&[Tuned { blocks: 257, ..row() }]), "`blocks`"),
             (file(&[row(), Tuned { oneshot_bytes: 8 << 20, ranks: 8, ..row() }]), "row 2: `oneshot_bytes`"),
             (file(&[Tuned { twoshot_bytes: 1 << 40, ..row() }]), "1 GiB"),
+            (file(&[Tuned { bulk_bytes: 1 << 40, ..row() }]), "1 GiB"),
+            (file(&[Tuned { bulk_bytes: 4 << 20, ..row() }]), "`bulk_bytes` is not above"),
             (file(&[Tuned { ranks: 1, ..row() }]), "`ranks`"),
             (file(&[Tuned { hosts: 0, ..row() }]), "`hosts`"),
             (file(&[Tuned { nccl: "2.+8".to_owned(), ..row() }]), "`nccl`"),
@@ -344,6 +357,7 @@ mod tests {
             Tuned { nccl: "2.29".to_owned(), ..row() },
             Tuned { oneshot_bytes: 1, ..row() },
             Tuned { twoshot_bytes: 4 << 21, ..row() },
+            Tuned { bulk_bytes: 4 << 21, ..row() },
             Tuned { blocks: 25, ..row() },
         ] {
             assert_ne!(digest(other.clone()), base, "{other:?}");
@@ -387,7 +401,8 @@ mod tests {
 
         #[test]
         fn what_is_written_reads_back(ranks in 2u32..1000, one in 0u64..1 << 20, blocks in 1u32..=256, multicast: bool) {
-            let row = Tuned { ranks, oneshot_bytes: one, twoshot_bytes: one * 2, blocks, multicast, ..row() };
+            let bulk_bytes = if multicast { 0 } else { one * 4 + 1 };
+            let row = Tuned { ranks, oneshot_bytes: one, twoshot_bytes: one * 2, bulk_bytes, blocks, multicast, ..row() };
             let read = Tuning::parse(&file(std::slice::from_ref(&row))).unwrap();
             prop_assert_eq!(read.rows, vec![row]);
             let one = Preferred { ranks, hosts: 1, from_bytes: one, to_bytes: one.saturating_mul(1 << 40), note: None };

@@ -63,7 +63,7 @@ pub struct Workspace {
 
 impl Workspace {
     /// Imports and maps every peer's window (`peers` by rank, `None` at this rank), then arms the own one: the header
-    /// zero, all stages filled with the sentinel. The caller votes before any kernel may run.
+    /// zero, all stages filled with the sentinel, and the ring too: no flag has that value. The caller votes before any kernel may run.
     pub fn map(
         context: &Arc<Context>,
         layout: &Layout,
@@ -131,6 +131,7 @@ impl Workspace {
 
     /// The kernel arguments that are the same for every call of the communicator.
     pub fn args(&self, agreement: &Agreement, rank: u32, timeout_ns: u64) -> Args {
+        let ring = agreement.layout.ring();
         Args {
             in_: 0,
             out: 0,
@@ -146,6 +147,9 @@ impl Workspace {
             op: 0,
             type_: 0,
             trigger: 0,
+            channels: ring.map_or(0, |ring| ring.channels),
+            ring_log2: ring.map_or(0, |ring| ring.ring_log2),
+            chunk_log2: ring.map_or(0, |ring| ring.chunk_log2),
         }
     }
 }

@@ -3,6 +3,8 @@
 
 #[path = "ptx/parse.rs"]
 mod parse;
+#[path = "ptx/ring.rs"]
+mod ring;
 #[path = "ptx/rules.rs"]
 mod rules;
 #[path = "ptx/taint.rs"]
@@ -17,7 +19,7 @@ use rules::{Finding, Rule, lint, lint_resources};
 
 const TARGETS: [&str; 2] = ["90", "100"];
 const ARCHITECTURES: [&str; 3] = ["90", "100", "103"];
-const KERNELS: usize = 91;
+const KERNELS: usize = 116;
 
 fn read(file: &str) -> String {
     let path = std::path::Path::new(env!("TWOSHOT_PTX_DIR")).join(file);
@@ -52,6 +54,7 @@ fn plant(name: &str, from: &str, to: &str, rule: Rule) {
 const UC: &str = "twoshot_twoshot_f32_4_uc";
 const MC: &str = "twoshot_oneshot_bf16_2_mc";
 const SWITCH: &str = "twoshot_switch_bf16_n_mc";
+const BULK: [&str; 2] = ["twoshot_bulk_bf16_2_uc", "twoshot_bulk_f32_4_uc"];
 
 #[test]
 fn shipped_ptx_breaks_no_rule() {
@@ -77,6 +80,10 @@ fn shipped_ptx_holds_every_kernel_once() {
     }
     expected.extend(["f32", "f16", "bf16", "i8", "i32", "i64", "f64", "fp8"].map(|t| format!("twoshot_scale_{t}")));
     expected.extend(["f32", "f16", "bf16"].map(|kind| format!("twoshot_switch_{kind}_n_mc")));
+    for class in ["f32", "f16", "bf16", "f32op", "f16op", "bf16op", "i8", "i32", "i64", "f64", "fp8"] {
+        let four = ["f32", "f16", "bf16"].contains(&class).then_some("4");
+        expected.extend(["2", "n"].into_iter().chain(four).map(|ranks| format!("twoshot_bulk_{class}_{ranks}_uc")));
+    }
     expected.sort();
     assert_eq!(expected.len(), KERNELS);
     for target in TARGETS {
@@ -164,28 +171,65 @@ fn an_arrival_that_does_not_release_is_found() {
 
 #[test]
 fn an_arrival_before_the_blocks_barrier_is_found() {
-    each_removed("bar.sync", "before the arrival");
+    each_removed(SWITCH, Rule::Arrival, "bar.sync");
 }
 
 #[test]
 fn a_load_through_the_switch_that_was_not_acquired_is_found() {
-    each_removed("fence.acq_rel.sys;", "not acquired");
-    each_removed("fence.proxy.alias;", "not acquired");
+    each_removed(SWITCH, Rule::Arrival, "fence.acq_rel.sys;");
+    each_removed(SWITCH, Rule::Arrival, "fence.proxy.alias;");
 }
 
 /// Without any one of some instructions a kernel is as it was or wrong, and without at least one of them it is wrong.
 /// (A fence of a fault's record, or the barrier of the epoch behind another one, may go without harm to arrivals.)
-fn each_removed(instruction: &str, what: &str) {
-    let clean = kernel(&shipped("90"), SWITCH);
+fn each_removed(name: &str, rule: Rule, instruction: &str) {
+    let clean = kernel(&shipped("90"), name);
     let places: Vec<usize> = clean.match_indices(instruction).map(|(at, _)| at).collect();
     let found = places.iter().filter(|at| {
         let (before, rest) = clean.split_at(**at);
         let end = rest.find(';').expect("a statement ends") + 1;
         let findings = lint(&format!("{before}{}", &rest[end..]));
-        findings.iter().any(|found| found.rule == Rule::Arrival)
+        findings.iter().any(|found| found.rule == rule)
     });
     // On the paths of aligned and of unaligned buffers.
-    assert!(found.count() >= 2, "{instruction} removed, {what}: of {} places", places.len());
+    assert!(found.count() >= 2, "{instruction} removed: of {} places in {name}", places.len());
+}
+
+#[test]
+fn a_flag_without_a_fence_and_a_tile_called_done_too_early_are_found() {
+    for name in BULK {
+        each_removed(name, Rule::Ring, "fence.acq_rel.sys;");
+        each_removed(name, Rule::Ring, "bar.warp.sync");
+    }
+}
+
+#[test]
+fn a_flag_or_a_word_of_the_block_that_is_not_acquired_or_released_is_found() {
+    for name in BULK {
+        let ptx = kernel(&shipped("90"), name);
+        for (strong, weak, rule) in [
+            ("ld.acquire.sys.global.u64", "ld.relaxed.sys.global.u64", Rule::Ring),
+            ("ld.acquire.sys.global.u64", "ld.acquire.gpu.global.u64", Rule::Accesses),
+            ("ld.acquire.cta.shared.u32", "ld.relaxed.cta.shared.u32", Rule::Accesses),
+            ("st.release.cta.shared.u32", "st.relaxed.cta.shared.u32", Rule::Ring),
+            ("st.release.cta.shared.b32", "st.relaxed.cta.shared.b32", Rule::Accesses),
+            ("st.relaxed.sys.global.b64", "st.relaxed.gpu.global.b64", Rule::Accesses),
+            ("ld.relaxed.sys.global.v4.b32", "ld.global.v4.b32", Rule::Accesses),
+        ] {
+            assert!(ptx.contains(strong), "{name} has no {strong}");
+            let findings = lint(&ptx.replace(strong, weak));
+            assert!(findings.iter().any(|found| found.rule == rule), "{name}: {strong} -> {weak}: {findings:?}");
+        }
+        // Each path by itself: aligned buffers and others, the poller of each.
+        each_removed(name, Rule::Ring, "ld.acquire.sys.global.u64");
+    }
+}
+
+#[test]
+fn a_ring_in_another_kernel_is_found() {
+    plant(UC, "st.relaxed.sys.global.u32", "st.relaxed.sys.global.b64", Rule::Ring);
+    plant(UC, "ld.relaxed.sys.global.v4.b32", "ld.acquire.sys.global.u64", Rule::Ring);
+    plant(UC, "st.relaxed.sys.global.u32", "st.relaxed.cta.shared.u32", Rule::Accesses);
 }
 
 #[test]

@@ -42,6 +42,7 @@ fn row() -> Tuned {
         nccl: "2.28".to_owned(),
         oneshot_bytes: 8 << 10,
         twoshot_bytes: 32 << 10,
+        bulk_bytes: 0,
         blocks: 3,
         note: None,
     }

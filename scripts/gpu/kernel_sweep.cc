@@ -3,7 +3,9 @@
 // every answer, and prints the best time and grid of each binary, so that two builds are compared in one run.
 //
 //   g++ -std=c++20 -O2 -I kernels -I $CUDA/include -o sweep scripts/gpu/kernel_sweep.cc -lcuda -lpthread
-//   ./sweep [--ranks N] [--max BYTES] [--blocks LIMIT] [--only one|two] [--full] [--host] NAME=FATBIN...
+//   ./sweep [--ranks N] [--max BYTES] [--blocks LIMIT] [--only one|two|bulk] [--full] [--host] NAME=FATBIN...
+//
+// With --only bulk it tries channels, chunks that the ring holds, and sizes of a chunk instead of grids.
 //
 // Needs GPUs that reach each other. Never touches multicast. Every wait is bounded by the kernels' own deadline.
 #include <cuda.h>
@@ -38,7 +40,7 @@ namespace {
 struct Options {
   unsigned ranks = 0, blocks = 132;
   size_t min = 1024, max = size_t{16} << 20, oneshot_max = size_t{16} << 20;
-  bool one = true, two = true, full = false, host = false;
+  bool one = true, two = true, bulk = false, full = false, host = false;
   bool trigger = false;  // every launch lets its successor in, as with TWOSHOT_PDL=1
   std::string type = "bf16";
   std::vector<std::pair<std::string, std::string>> images;
@@ -62,9 +64,9 @@ struct World {
   World(const Options& options) : ranks(options.ranks), rank(options.ranks) {
     int devices = 0;
     CHECK(cuDeviceGetCount(&devices));
-    stage = std::max(options.oneshot_max * ranks, 2 * (options.max + 128 * ranks));
-    const size_t granule = size_t{2} << 20;
-    stride = (TWOSHOT_HEADER_BYTES + TWOSHOT_STAGES * stage + granule - 1) / granule * granule;
+    stage = options.bulk ? TWOSHOT_STAGE_ALIGN : std::max(options.oneshot_max * ranks, 2 * (options.max + 128 * ranks));
+    const size_t granule = size_t{2} << 20, ring = options.bulk ? (size_t{256} << 20) * (ranks - 1) : 0;
+    stride = (TWOSHOT_HEADER_BYTES + TWOSHOT_STAGES * stage + ring + granule - 1) / granule * granule;
     CHECK(cuMemAddressReserve(&windows, stride * ranks, granule, 0, 0));
     std::vector<CUmemAccessDesc> access;
     for (int d = 0; d < devices; d++) {
@@ -102,7 +104,8 @@ struct World {
     for (unsigned r = 0; r < ranks; r++) {
       CHECK(cuCtxSetCurrent(rank[r].context));
       CHECK(cuMemsetD32(windows + r * stride, 0, TWOSHOT_HEADER_BYTES / 4));
-      CHECK(cuMemsetD32(windows + r * stride + TWOSHOT_HEADER_BYTES, TWOSHOT_SENTINEL, TWOSHOT_STAGES * stage / 4));
+      CHECK(cuMemsetD32(windows + r * stride + TWOSHOT_HEADER_BYTES, TWOSHOT_SENTINEL,
+                        (stride - TWOSHOT_HEADER_BYTES) / 4));
       *rank[r].control = TwoshotControl{};
       CHECK(cuCtxSynchronize());
     }
@@ -124,7 +127,22 @@ struct Result {
 
 struct Grid {
   unsigned blocks, threads;
+  unsigned ring_log2 = 0, chunk_log2 = 0;  // bulk only, and then the blocks are the channels
 };
+
+// Channels, a ring and chunks of every size whose slots fit the ring's memory.
+std::vector<Grid> rings(const Options& options) {
+  std::vector<Grid> all;
+  for (const unsigned channels : {8u, 16u, 20u, 24u, 32u, 48u, 64u, 128u}) {
+    for (unsigned ring = 3; ring <= 5 && channels <= options.blocks; ring++) {
+      for (unsigned chunk = 8; chunk <= 10; chunk++) {
+        const size_t bytes = size_t{2} * channels << (ring + chunk + 4);
+        if (bytes <= size_t{64} << 20) all.push_back({channels, TWOSHOT_BULK_THREADS, ring, chunk});
+      }
+    }
+  }
+  return all;
+}
 
 std::vector<Grid> grids(size_t lines, const Options& options) {
   std::vector<Grid> all;
@@ -143,7 +161,7 @@ std::vector<Grid> grids(size_t lines, const Options& options) {
 // One configuration on all ranks: checked once, then graphs of launches; best of repeats, slowest rank.
 double time_one(const Options& options, World& world, size_t image, const std::string& kernel, const Grid& grid,
                 size_t bytes) {
-  const unsigned launches = bytes >= (size_t{4} << 20) ? 20 : 50, repeats = 6;
+  const unsigned launches = bytes >= (size_t{64} << 20) ? 5 : bytes >= (size_t{4} << 20) ? 20 : 50, repeats = 5;
   std::barrier meet(world.ranks);
   std::vector<double> best(world.ranks, 1e9);
   std::vector<std::thread> threads;
@@ -166,6 +184,9 @@ double time_one(const Options& options, World& world, size_t image, const std::s
       args.ranks = world.ranks;
       args.type = 9;
       args.trigger = options.trigger;
+      args.channels = grid.blocks;
+      args.ring_log2 = static_cast<uint16_t>(grid.ring_log2);
+      args.chunk_log2 = static_cast<uint16_t>(grid.chunk_log2);
       CHECK(cuMemsetD8Async(me.out, 0xA5, bytes, me.stream));
       CHECK(cuStreamSynchronize(me.stream));
       CUgraph graph;
@@ -211,7 +232,8 @@ double time_one(const Options& options, World& world, size_t image, const std::s
                     static_cast<unsigned long long>(me.control->line));
         std::_Exit(1);
       }
-      for (size_t i = 0; i < got.size(); i++) {
+      const size_t every = bytes > size_t{8} << 20 ? 13 : 1;
+      for (size_t i = 0; i < got.size(); i += every) {
         float sum = 0;
         for (unsigned q = 0; q < world.ranks; q++) sum += value(q, i);
         if (got[i] != to_bf16(sum)) {
@@ -228,6 +250,32 @@ double time_one(const Options& options, World& world, size_t image, const std::s
   }
   for (auto& thread : threads) thread.join();
   return *std::max_element(best.begin(), best.end());
+}
+
+// The best ring for each number of channels, of every image.
+void sweep_rings(const Options& options, World& world, size_t bytes) {
+  const bool special = world.ranks == 2 || world.ranks == 4;
+  const std::string kernel = "twoshot_bulk_" + options.type + "_" + (special ? std::to_string(world.ranks) : "n") + "_uc";
+  for (size_t image = 0; image < options.images.size(); image++) {
+    std::printf("%6zu KiB %-8s", bytes >> 10, options.images[image].first.c_str());
+    double best = 1e9;
+    Grid with = {};
+    unsigned channels = 0;
+    const auto flush = [&] {
+      if (best < 1e9) std::printf(" | %3u: %7.2f (%2u x %2u K)", channels, best, 1u << with.ring_log2, 16u << with.chunk_log2 >> 10);
+      best = 1e9;
+    };
+    for (const Grid& grid : rings(options)) {
+      if (grid.blocks != channels) flush();
+      channels = grid.blocks;
+      if (bytes / world.ranks < size_t{16} << grid.chunk_log2 << (channels > 16 ? 4 : 3)) continue;
+      world.reset();  // slots lie elsewhere
+      const double us = time_one(options, world, image, kernel, grid, bytes);
+      if (us < best) best = us, with = grid;
+    }
+    flush();
+    std::printf("\n");
+  }
 }
 
 // Nanoseconds of host time of the driver calls that a routed call may make, on one stream, nobody waiting.
@@ -307,7 +355,10 @@ int main(int argc, char** argv) {
     else if (word == "--full") options.full = true;
     else if (word == "--host") options.host = true;
     else if (word == "--trigger") options.trigger = true;
-    else if (word == "--only") options.one = std::string(argv[++i]) == "one", options.two = !options.one;
+    else if (word == "--only") {
+      const std::string only = argv[++i];
+      options.one = only == "one", options.two = only == "two", options.bulk = only == "bulk";
+    }
     else if (const auto at = word.find('='); at != std::string::npos) options.images.emplace_back(word.substr(0, at), word.substr(at + 1));
     else return std::printf("what is %s?\n", word.c_str()), 2;
   }
@@ -328,6 +379,10 @@ int main(int argc, char** argv) {
   if (options.host) world.reset(), time_host(world);
   const bool special = world.ranks == 2 || world.ranks == 4 || world.ranks == 8;
   for (size_t bytes = options.min; bytes <= options.max; bytes *= bytes < 65536 ? 4 : 2) {
+    if (options.bulk) {
+      sweep_rings(options, world, bytes);
+      continue;
+    }
     std::printf("%9zu", bytes);
     for (const bool two : {false, true}) {
       if (two ? !options.two : !options.one || bytes > options.oneshot_max) continue;

@@ -8,7 +8,9 @@
 #include <cstring>
 #include <vector>
 
-#include "kernels.cu"
+#include "bulk.cuh"
+#include "oneshot.cuh"
+#include "twoshot.cuh"
 
 #define CHECK(call)                                                                                   \
   do {                                                                                                \
@@ -23,7 +25,10 @@ namespace {
 
 constexpr unsigned kMaxRanks = 4;
 constexpr size_t kStageBytes = size_t{1} << 20;
-constexpr size_t kWindowBytes = TWOSHOT_HEADER_BYTES + TWOSHOT_STAGES * kStageBytes;
+// A ring of few and small chunks, so that a call goes through it many times.
+constexpr unsigned kChannels = 3, kRingLog2 = 2, kChunkLog2 = 7;
+constexpr size_t kRingBytes = (size_t{2} * 3 * kChannels << kRingLog2) * (TWOSHOT_FLAG_BYTES + (16u << kChunkLog2)) + 128;
+constexpr size_t kWindowBytes = TWOSHOT_HEADER_BYTES + TWOSHOT_STAGES * kStageBytes + (kRingBytes + 127) / 128 * 128;
 constexpr unsigned kMaxCount = 20'000;
 constexpr int kPoison = 0xA5;
 
@@ -31,12 +36,17 @@ struct AllArgs {
   TwoshotArgs rank[kMaxRanks];
 };
 
-template <bool TWO, typename T, int N>
-__global__ void __launch_bounds__(TWOSHOT_MAX_THREADS, 1) all_ranks(const AllArgs args) {
-  if (TWO) {
-    twoshot::twoshot<T, N, false>(args.rank[blockIdx.y]);
+enum Shape { kOneShot, kTwoShot, kBulk };
+
+template <Shape SHAPE, typename T, int N>
+__global__ void __launch_bounds__(SHAPE == kBulk ? TWOSHOT_BULK_THREADS : TWOSHOT_MAX_THREADS, 1)
+    all_ranks(const AllArgs args) {
+  if constexpr (SHAPE == kOneShot) {
+    twoshot::run_oneshot<T, N, false>(args.rank[blockIdx.y]);
+  } else if constexpr (SHAPE == kTwoShot) {
+    twoshot::run_twoshot<T, N, false>(args.rank[blockIdx.y]);
   } else {
-    twoshot::oneshot<T, N, false>(args.rank[blockIdx.y]);
+    twoshot::run_bulk<T, N, false>(args.rank[blockIdx.y]);
   }
 }
 
@@ -71,9 +81,9 @@ uint16_t encode<uint16_t>(float x) {  // bf16; small whole numbers need no round
   return uint16_t(bits >> 16);
 }
 
-template <bool TWO, typename T, typename Word, int N>
+template <Shape SHAPE, typename T, typename Word, int N>
 void call(unsigned ranks, unsigned count, unsigned number) {
-  const unsigned blocks = 1 + next() % 3, threads = 32 * (1 + next() % 8);
+  const unsigned blocks = 1 + next() % 3, threads = SHAPE == kBulk ? TWOSHOT_BULK_THREADS : 32 * (1 + next() % 8);
   AllArgs all = {};
   std::vector<Rank> mine(ranks);
   std::vector<unsigned> shift(ranks);
@@ -96,8 +106,11 @@ void call(unsigned ranks, unsigned count, unsigned number) {
     args.stage_bytes = kStageBytes;
     args.rank = r;
     args.ranks = ranks;
+    args.channels = kChannels;
+    args.ring_log2 = kRingLog2;
+    args.chunk_log2 = kChunkLog2;
   }
-  all_ranks<TWO, T, N><<<dim3(blocks, ranks), threads>>>(all);
+  all_ranks<SHAPE, T, N><<<dim3(blocks, ranks), threads>>>(all);
   CHECK(cudaGetLastError());
   CHECK(cudaDeviceSynchronize());
   for (unsigned r = 0; r < ranks; r++) {
@@ -128,10 +141,12 @@ void calls(unsigned ranks) {
   }
   unsigned number = 0;
   for (unsigned count : {1u, 3u, 37u, 1000u, 4099u, kMaxCount, 5u, 2000u}) {
-    call<false, twoshot::f32, float, N>(ranks, count, number++);
-    call<true, twoshot::f32, float, N>(ranks, count, number++);
-    call<true, twoshot::bf16, uint16_t, N>(ranks, count, number++);
-    call<false, twoshot::bf16, uint16_t, N>(ranks, count, number++);
+    call<kOneShot, twoshot::f32, float, N>(ranks, count, number++);
+    call<kTwoShot, twoshot::f32, float, N>(ranks, count, number++);
+    call<kTwoShot, twoshot::bf16, uint16_t, N>(ranks, count, number++);
+    call<kOneShot, twoshot::bf16, uint16_t, N>(ranks, count, number++);
+    call<kBulk, twoshot::bf16, uint16_t, N>(ranks, count, number++);
+    call<kBulk, twoshot::f32, float, N>(ranks, count, number++);
   }
   std::printf("%u ranks: %u calls, every element as expected\n", ranks, number);
 }

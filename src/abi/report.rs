@@ -73,6 +73,8 @@ pub struct Description {
     pub twoshot_bytes: u64,
     /// Smallest payload above one-shot's whose sum the switch makes; 2^64 - 1 where it makes none.
     pub switch_bytes: u64,
+    /// Largest payload above two-shot's that goes through the ring, 0 where none does.
+    pub bulk_bytes: u64,
 }
 
 /// What is known of a communicator; nothing is made known or set up by asking.
@@ -98,6 +100,7 @@ fn describe(comm: usize) -> Description {
         oneshot_bytes: agreement.oneshot_bytes,
         twoshot_bytes: agreement.twoshot_bytes,
         switch_bytes: agreement.switch_bytes,
+        bulk_bytes: agreement.bulk_bytes,
     }
 }
 

@@ -28,6 +28,7 @@ fn range_name(algorithm: Algorithm) -> &'static CStr {
         Algorithm::OneShot => c"twoshot: AllReduce, one-shot",
         Algorithm::TwoShot => c"twoshot: AllReduce, two-shot",
         Algorithm::Switch => c"twoshot: AllReduce, two-shot in the switch",
+        Algorithm::Bulk => c"twoshot: AllReduce, bulk",
     }
 }
 
@@ -421,6 +422,10 @@ impl Ready {
 fn shared(plan: Plan, most: u32) -> Plan {
     if plan.blocks <= most {
         return plan;
+    }
+    if plan.algorithm == Algorithm::Bulk {
+        // Its blocks do one channel after the other then.
+        return Plan { blocks: most, ..plan };
     }
     let (blocks, threads) = grid(u64::from(plan.blocks) * u64::from(plan.threads), most);
     Plan { blocks, threads, ..plan }

@@ -126,6 +126,7 @@ impl Config {
                 ("oneshot", Some(Algorithm::OneShot)),
                 ("twoshot", Some(Algorithm::TwoShot)),
                 ("switch", Some(Algorithm::Switch)),
+                ("bulk", Some(Algorithm::Bulk)),
             ],
         )?;
         let nvls = nccl_switch(var, "NCCL_NVLS_ENABLE").unwrap_or(true)
@@ -187,6 +188,7 @@ impl Config {
             Some(Algorithm::OneShot) => 1,
             Some(Algorithm::TwoShot) => 2,
             Some(Algorithm::Switch) => 3,
+            Some(Algorithm::Bulk) => 4,
         };
         let words = [
             algorithm,

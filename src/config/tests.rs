@@ -118,6 +118,7 @@ fn ranks_with_different_limits_have_different_digests_and_merged_settings_do_not
         ("TWOSHOT_MAX_BYTES", "1M"),
         ("TWOSHOT_ALGO", "oneshot"),
         ("TWOSHOT_ALGO", "switch"),
+        ("TWOSHOT_ALGO", "bulk"),
         ("TWOSHOT_MIN_BYTES", "1"),
     ];
     for pair in limits {

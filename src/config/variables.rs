@@ -46,7 +46,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "TWOSHOT_ALGO",
         "auto",
-        "`oneshot` or `twoshot` uses only that algorithm, for the sizes it can hold; `switch` is `twoshot` whose sums of f32, f16 and bf16 of any size are made in the switch, where the ranks agreed on that (`TWOSHOT_SWITCH_REDUCE`). Must be the same on all ranks.",
+        "`oneshot` or `twoshot` uses only that algorithm, for the sizes it can hold; `bulk` sends everything through the ring of large payloads, where the ranks have one; `switch` is `twoshot` whose sums of f32, f16 and bf16 of any size are made in the switch, where the ranks agreed on that (`TWOSHOT_SWITCH_REDUCE`). Must be the same on all ranks.",
     ),
     variable("TWOSHOT_MIN_BYTES", "0", "Payloads below go to stock NCCL. Must be the same on all ranks."),
     variable(

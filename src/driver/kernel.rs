@@ -51,6 +51,9 @@ const _: () = {
     assert!(abi::TWOSHOT_SLOT_LINES as u64 == layout::LINES_ALIGN);
     assert!(abi::TWOSHOT_CHUNK_LINES as u64 == layout::CHUNK_LINES);
     assert!(abi::TWOSHOT_LINE_FLAGS as u64 == layout::LINE_FLAGS);
+    assert!(abi::TWOSHOT_FLAG_BYTES as u64 == layout::FLAG);
+    assert!(abi::TWOSHOT_BULK_MAX_RANKS as u64 == layout::RING_RANKS);
+    assert!(abi::TWOSHOT_BULK_THREADS == layout::MAX_THREADS);
 };
 
 #[repr(align(16))]
@@ -132,11 +135,19 @@ impl Module {
     pub fn kernels(self: &Arc<Self>, ranks: u32, multicast: bool, switch: bool) -> Result<Kernels> {
         let api = self.context.api();
         let _entered = self.context.enter()?;
-        let world = |algorithm: Algorithm, class: Class| match ranks {
-            2 | 4 | 8 if class.specialised() && algorithm != Algorithm::Switch => ranks.to_string(),
-            _ => "n".to_owned(),
+        let world = |algorithm: Algorithm, class: Class| {
+            let own = match algorithm {
+                Algorithm::OneShot | Algorithm::TwoShot => [2, 4, 8].contains(&ranks) && class.specialised(),
+                Algorithm::Switch => false,
+                Algorithm::Bulk => ranks == 2 || (ranks == 4 && class.specialised()),
+            };
+            if own { ranks.to_string() } else { "n".to_owned() }
         };
-        let made = |algorithm: Algorithm, class: Class| algorithm != Algorithm::Switch || switch && class.specialised();
+        let made = |algorithm: Algorithm, class: Class| match algorithm {
+            Algorithm::OneShot | Algorithm::TwoShot => true,
+            Algorithm::Switch => switch && class.specialised(),
+            Algorithm::Bulk => !multicast,
+        };
         let wire = if multicast { "mc" } else { "uc" };
         let mut functions = [[std::ptr::null_mut(); CLASSES]; ALGORITHMS];
         let mut passes = [std::ptr::null_mut(); CLASSES];

@@ -80,14 +80,16 @@ pub fn check(
 fn plan(algorithm: Algorithm, class: Class, agreement: &Agreement) -> Option<(Plan, u64)> {
     let (dtype, op) = sample(class);
     let size = dtype.size()?;
-    let (oneshot_bytes, twoshot_bytes, switch_bytes) = match algorithm {
-        Algorithm::OneShot => (agreement.oneshot_bytes, 0, NEVER),
-        Algorithm::TwoShot => (0, agreement.twoshot_bytes, NEVER),
+    let (oneshot_bytes, twoshot_bytes, switch_bytes, bulk_bytes) = match algorithm {
+        Algorithm::OneShot => (agreement.oneshot_bytes, 0, NEVER, 0),
+        Algorithm::TwoShot => (0, agreement.twoshot_bytes, NEVER, 0),
         Algorithm::Switch if agreement.switch_bytes == NEVER || !class.specialised() => return None,
-        Algorithm::Switch => (0, agreement.twoshot_bytes, 0),
+        Algorithm::Switch => (0, agreement.twoshot_bytes, 0, 0),
+        Algorithm::Bulk => (0, 0, NEVER, agreement.bulk_bytes),
     };
-    let count = COUNT.min(class.packing().payload(oneshot_bytes.max(twoshot_bytes)) / size);
-    let forced = Agreement { oneshot_bytes, twoshot_bytes, switch_bytes, min_bytes: 0, ..*agreement };
+    let most = class.packing().payload(oneshot_bytes.max(twoshot_bytes)).max(bulk_bytes);
+    let count = COUNT.min(most / size);
+    let forced = Agreement { oneshot_bytes, twoshot_bytes, switch_bytes, bulk_bytes, min_bytes: 0, ..*agreement };
     match decide(&Call { count, dtype, op }, &forced) {
         Route::Routed(plan) => Some((plan, count)),
         Route::Stock(_) => None,

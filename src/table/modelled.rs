@@ -1,7 +1,7 @@
 //! The rows of worlds that nobody has measured, from [`crate::model`]; a test computes them again.
 #![forbid(unsafe_code)]
 
-use super::{BLOCKS, KIB, Row, Source, World};
+use super::{BLOCKS, BULK_BLOCKS, KIB, Row, Source, World};
 
 /// The largest number of ranks a line is for, and its limits for one-shot and two-shot in KiB.
 type Line = (u32, u64, u64);
@@ -35,7 +35,14 @@ pub(super) fn row(world: World) -> Row {
     };
     let line = lines.iter().find(|line| world.ranks <= line.0).or(lines.last());
     let (_, oneshot, twoshot) = line.copied().unwrap_or((0, 0, 0));
-    Row { oneshot_bytes: oneshot * KIB, twoshot_bytes: twoshot * KIB, blocks: BLOCKS, source: Source::Model }
+    Row {
+        oneshot_bytes: oneshot * KIB,
+        twoshot_bytes: twoshot * KIB,
+        bulk_bytes: 0,
+        blocks: BLOCKS,
+        bulk_blocks: BULK_BLOCKS,
+        source: Source::Model,
+    }
 }
 
 #[cfg(test)]

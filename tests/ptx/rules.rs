@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use crate::parse::{Instruction, Kernel, kernels};
+use crate::ring::{self, ring};
 use crate::taint::{CONTROL, FACTOR, IN, MULTICAST, OUT, Origins, Taint, WINDOWS, scales};
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -14,6 +15,8 @@ pub enum Rule {
     /// What the switch adds up has arrived: stored, announced behind a barrier by a release, acquired, and only then loaded
     /// through the multicast address; in f32, and in no other kernel.
     Arrival,
+    /// What goes through a ring: `ring.rs`.
+    Ring,
     /// An atomic that others wait for must release. The two that nobody waits for are named by their marks.
     Atomics,
     /// No float compare (a NaN sentinel would never match), no flush of subnormals, no fused or inexact arithmetic.
@@ -51,10 +54,11 @@ pub fn lint(ptx: &str) -> Vec<Finding> {
             multicast(&kernel, instruction, &taint, &mut report);
             atomics(instruction, &taint, &mut report);
             arithmetic(&kernel, instruction, &mut report);
-            accesses(instruction, &taint, &mut report);
+            accesses(&kernel, instruction, &taint, &mut report);
         }
         boundary(&kernel, &mut report);
         arrival(&kernel, &taint, &mut report);
+        ring(&kernel, &taint, &mut report);
     }
     findings
 }
@@ -75,7 +79,7 @@ pub fn lint_resources(log: &str, expected: usize) -> Vec<Finding> {
     findings
 }
 
-fn origins_of_address(instruction: &Instruction, taint: &Taint) -> Option<Origins> {
+pub fn origins_of_address(instruction: &Instruction, taint: &Taint) -> Option<Origins> {
     let memory = ["ld", "st", "atom", "red", "multimem", "prefetch", "cp"].contains(&instruction.base());
     (memory && !instruction.has("param")).then(|| instruction.address().map_or(0, |address| taint.operand(address)))
 }
@@ -199,16 +203,23 @@ fn arithmetic(kernel: &Kernel, instruction: &Instruction, report: &mut dyn FnMut
     }
 }
 
-fn accesses(instruction: &Instruction, taint: &Taint, report: &mut dyn FnMut(Rule, &str)) {
+fn accesses(kernel: &Kernel, instruction: &Instruction, taint: &Taint, report: &mut dyn FnMut(Rule, &str)) {
     let Some(origins) = origins_of_address(instruction, taint) else { return };
     let opcode = instruction.opcode.as_str();
+    if instruction.has("shared") {
+        if !ring::word(kernel, opcode) {
+            report(Rule::Accesses, &format!("{opcode} to shared memory"));
+        }
+        return;
+    }
     let strong = |base: &str| opcode.starts_with(&format!("{base}.relaxed.sys.global."));
     let ordinary = |base: &str| {
         [".u8", ".b16", ".b32", ".v2.b32", ".v4.b32"].iter().any(|width| opcode == format!("{base}.global{width}"))
     };
     let allowed = match origins {
         WINDOWS => {
-            strong("ld") || strong("st") || instruction.base() == "atom" || opcode == "st.release.sys.global.u32"
+            let known = strong("ld") || strong("st") || instruction.base() == "atom";
+            known || opcode == "st.release.sys.global.u32" || ring::window(kernel, opcode)
         }
         CONTROL => strong("ld") || strong("st"),
         IN | FACTOR => ordinary("ld"),
@@ -248,7 +259,7 @@ fn boundary(kernel: &Kernel, report: &mut dyn FnMut(Rule, usize, &str)) {
 /// Carries how far a kernel has come along its branches, from 0 at its start: on every path, not only in the order of
 /// the text. Where paths meet, the one that has come less far counts. `step` says where an instruction leads, or what is
 /// wrong with it there.
-fn on_every_path(
+pub fn on_every_path(
     kernel: &Kernel,
     step: impl Fn(u8, &Instruction) -> Result<u8, &'static str>,
 ) -> Vec<(usize, &'static str)> {

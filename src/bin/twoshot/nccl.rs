@@ -236,10 +236,33 @@ impl Communicator {
         let mut it = Description { size, switch_bytes: NEVER, ..Description::default() };
         // SAFETY: a live communicator, and an out-pointer valid for the size that it states.
         let code = unsafe { self.nccl.describe?(self.raw, &raw mut it) };
-        let Description { ranks, hosts, arch, nccl, blocks, oneshot_bytes, twoshot_bytes, switch_bytes, .. } = it;
+        let Description {
+            ranks,
+            hosts,
+            arch,
+            nccl,
+            blocks,
+            oneshot_bytes,
+            twoshot_bytes,
+            switch_bytes,
+            bulk_bytes,
+            ..
+        } = it;
         let multicast = it.multicast != 0;
         let switch_bytes = (switch_bytes != NEVER).then_some(switch_bytes);
-        let agreed = Agreed { ranks, hosts, arch, nccl, multicast, blocks, oneshot_bytes, twoshot_bytes, switch_bytes };
+        let bulk_bytes = Some(bulk_bytes).filter(|bytes| *bytes > 0);
+        let agreed = Agreed {
+            ranks,
+            hosts,
+            arch,
+            nccl,
+            multicast,
+            blocks,
+            oneshot_bytes,
+            twoshot_bytes,
+            switch_bytes,
+            bulk_bytes,
+        };
         (code == 0 && it.state == 1).then_some(agreed)
     }
 

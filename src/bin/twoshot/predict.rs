@@ -81,8 +81,8 @@ fn points(record: &Record) -> Result<Vec<Point>, String> {
             points.push(Point { case: case(What::Stock, row.bytes), us: stock.graph.median });
         }
         if let (Some(routed), "routed") = (row.routed_us, row.route.as_str()) {
-            let what = What::from(agreed.algorithm(row.bytes));
-            points.push(Point { case: case(what, row.bytes), us: routed.graph.median });
+            let what = What::of(agreed.algorithm(row.bytes));
+            points.extend(what.map(|what| Point { case: case(what, row.bytes), us: routed.graph.median }));
         }
     }
     points.retain(|point| point.us > 0.0);

@@ -99,6 +99,9 @@ pub struct Agreed {
     /// Smallest payload above one-shot's whose sum the switch makes, if it makes any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub switch_bytes: Option<u64>,
+    /// Largest payload above two-shot's that goes through the ring, where one does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bulk_bytes: Option<u64>,
 }
 
 impl Agreed {
@@ -107,6 +110,7 @@ impl Agreed {
         match self.switch_bytes {
             _ if bytes <= self.oneshot_bytes => Algorithm::OneShot,
             Some(from) if bytes >= from => Algorithm::Switch,
+            _ if bytes > self.twoshot_bytes && self.bulk_bytes.is_some() => Algorithm::Bulk,
             _ => Algorithm::TwoShot,
         }
     }

@@ -132,7 +132,10 @@ fn replace(path: &Path, tuning: &Tuning) -> Result<(), String> {
     })
 }
 
-/// What a run forces: everything that decides between one-shot, two-shot and stock, whatever the caller has set.
+/// Below this the ring is never the fastest way: docs/performance.md.
+const LEAST_BULK: u64 = 1 << 20;
+
+/// What a run forces: everything that decides between our algorithms and stock, whatever the caller has set.
 fn forced(algorithm: Algorithm, blocks: u32, largest: u64) -> Changes {
     let set = |name, value: String| (name, Some(value));
     vec![
@@ -159,6 +162,7 @@ fn measure(tune: &Tune) -> Result<Vec<Record>, String> {
     }
     let alone = |algorithm| match algorithm {
         Algorithm::TwoShot | Algorithm::Switch => sizes.clone(),
+        Algorithm::Bulk => sizes.iter().copied().filter(|bytes| *bytes >= LEAST_BULK).collect(),
         Algorithm::OneShot => {
             let most = MOST_STAGE / prepared.ranks() as u64;
             sizes.iter().copied().filter(|bytes| *bytes <= most).collect()
@@ -174,6 +178,10 @@ fn measure(tune: &Tune) -> Result<Vec<Record>, String> {
         let Some(largest) = sizes.last().copied() else { continue };
         let record = one(tune, &prepared, (algorithm, blocks), sizes, &progress)?;
         if record.rows.iter().all(|row| row.route != "routed") {
+            if algorithm == Algorithm::Bulk {
+                // With multicast, many ranks or little memory there is no ring.
+                continue;
+            }
             return Err(format!("{} was routed nowhere: see `twoshot doctor` and NCCL_DEBUG=INFO", algorithm.name()));
         }
         if let Some(folder) = &tune.keep {
@@ -247,6 +255,7 @@ fn row(records: &[Record], choice: &Choice, mode: Option<&str>) -> Result<Tuned,
         nccl: band_name(first.nccl),
         oneshot_bytes: choice.oneshot_bytes,
         twoshot_bytes: choice.twoshot_bytes,
+        bulk_bytes: choice.bulk_bytes,
         blocks: choice.blocks,
         note: Some(format!("{mode}{}, {} x {}, twoshot {}", of.date, of.ranks, of.gpu, of.twoshot)),
     })
@@ -258,7 +267,7 @@ fn shown(samples: &[Sample], choice: &Choice, row: &Tuned) -> Vec<String> {
     let mut lines = vec![
         format!("sm_{}, {} ranks, {} host(s), {way}, NCCL {}", row.arch, row.ranks, row.hosts, row.nccl),
         format!("Captured calls, us, at most {} blocks:", choice.blocks),
-        format!("{:>8} {:>9} {:>9} {:>9}  taken", "bytes", "stock", "one-shot", "two-shot"),
+        format!("{:>8} {:>9} {:>9} {:>9} {:>9}  taken", "bytes", "stock", "one-shot", "two-shot", "bulk"),
     ];
     let mut sizes: Vec<u64> = samples.iter().map(|sample| sample.bytes).collect();
     sizes.sort_unstable();
@@ -268,19 +277,22 @@ fn shown(samples: &[Sample], choice: &Choice, row: &Tuned) -> Vec<String> {
             let same = |s: &&Sample| (s.algorithm, s.blocks, s.bytes) == (algorithm, choice.blocks, bytes);
             samples.iter().find(same)
         };
-        let (one, two) = (of(Algorithm::OneShot), of(Algorithm::TwoShot));
+        let (one, two, bulk) = (of(Algorithm::OneShot), of(Algorithm::TwoShot), of(Algorithm::Bulk));
         let cell = |us: Option<f64>| us.map_or_else(|| "-".to_owned(), |us| format!("{us:.2}"));
         let taken = match bytes {
             _ if bytes <= choice.oneshot_bytes => "one-shot",
             _ if bytes <= choice.twoshot_bytes => "two-shot",
+            _ if bytes <= choice.bulk_bytes => "bulk",
             _ => "stock",
         };
-        let stock = cell(one.or(two).map(|sample| sample.us.0));
-        let (one, two) = (cell(one.map(|sample| sample.us.1)), cell(two.map(|sample| sample.us.1)));
-        lines.push(format!("{:>8} {stock:>9} {one:>9} {two:>9}  {taken}", sizes::format(bytes)));
+        let stock = cell(one.or(two).or(bulk).map(|sample| sample.us.0));
+        let [one, two, bulk] = [one, two, bulk].map(|sample| cell(sample.map(|sample| sample.us.1)));
+        lines.push(format!("{:>8} {stock:>9} {one:>9} {two:>9} {bulk:>9}  {taken}", sizes::format(bytes)));
     }
+    let bulk =
+        if choice.bulk_bytes > 0 { format!(", bulk to {}", sizes::format(choice.bulk_bytes)) } else { String::new() };
     lines.push(format!(
-        "one-shot to {}, two-shot to {}, at most {} blocks",
+        "one-shot to {}, two-shot to {}{bulk}, at most {} blocks",
         sizes::format(choice.oneshot_bytes),
         sizes::format(choice.twoshot_bytes),
         choice.blocks

@@ -17,13 +17,16 @@
 namespace twoshot::sim {
 namespace {
 
-enum class State { kReady, kAtBarrier, kDone };
+enum class State { kReady, kAtBarrier, kAtWarpBarrier, kDone };
+
+constexpr unsigned kWarp = 32, kWords = TWOSHOT_BLOCK_WORDS;
 
 struct Block {
   unsigned index;
   unsigned live;     // threads that have not returned
   unsigned waiting;  // threads at the barrier
   size_t first;      // its first fiber
+  uint32_t words[kWords];  // of shared memory
 };
 
 struct Fiber {
@@ -97,6 +100,22 @@ class Executor {
     yield();
   }
 
+  void warp_barrier() {
+    Fiber& self = fibers_[current_];
+    self.state = State::kAtWarpBarrier;
+    progress_++;
+    const unsigned first = self.thread / kWarp * kWarp, end = std::min(first + kWarp, launch_.block);
+    Fiber* const warp = &fibers_[self.block->first];
+    bool all = true;
+    for (unsigned t = first; t < end; t++) all = all && (warp[t].state == State::kAtWarpBarrier || warp[t].state == State::kDone);
+    for (unsigned t = first; t < end && all; t++) {
+      if (warp[t].state == State::kAtWarpBarrier) warp[t].state = State::kReady;
+    }
+    yield();
+  }
+
+  uint32_t& word(uint32_t index) { return fibers_[current_].block->words[index]; }
+
   bool preempt() {
     if (launch_.seed == 0 || random() % 8 != 0) return false;
     if (launch_.delay_us != 0 && random() % 256 == 0) sleep_us(random() % (launch_.delay_us + 1));
@@ -124,7 +143,8 @@ class Executor {
   }
 
   void admit(Block& block, size_t first) {
-    block = Block{started_++, launch_.block, 0, first};
+    block = Block{started_++, launch_.block, 0, first, {}};
+    std::fill(std::begin(block.words), std::end(block.words), 0xA5A5A5A5u);  // nobody may rely on what shared memory holds
     for (unsigned t = 0; t < launch_.block; t++) {
       fibers_[first + t] = Fiber{stacks_.prepare(first + t, enter), State::kReady, t, &block};
     }
@@ -199,6 +219,8 @@ void Executor::enter() {
 
 const Place& here() { return executor->place(); }
 void barrier() { executor->barrier(); }
+void warp_barrier() { executor->warp_barrier(); }
+uint32_t& block_word(uint32_t index) { return executor->word(index); }
 void pause() { executor->yield(); }
 void progressed() { executor->progressed(); }
 bool preempt() { return executor->preempt(); }

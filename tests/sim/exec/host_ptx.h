@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "args.h"
 #include "exec.h"
 
 namespace twoshot::sim {
@@ -23,6 +24,8 @@ struct Place {
 
 const Place& here();
 void barrier();            // __syncthreads
+void warp_barrier();       // bar.warp.sync of all lanes
+uint32_t& block_word(uint32_t index);  // shared memory of the running block
 void pause();              // after a failed poll: let the others run
 void progressed();         // this thread wrote something
 bool preempt();            // maybe run others first; true: and tear this store
@@ -137,6 +140,33 @@ inline void st_release_sys_u32(uint64_t address, uint32_t value) {
 }
 
 inline void fence_proxy_alias() {}
+
+inline uint64_t ld_acquire_sys_u64(uint64_t address) {
+  return __atomic_load_n(host_pointer<uint64_t>(address), __ATOMIC_ACQUIRE);
+}
+
+inline void st_relaxed_sys_b64(uint64_t address, uint64_t value) {
+  sim::progressed();
+  sim::preempt();
+  __atomic_store_n(host_pointer<uint64_t>(address), value, __ATOMIC_RELAXED);
+}
+
+inline uint64_t ld_relaxed_sys_u64(uint64_t address) {
+  return __atomic_load_n(host_pointer<uint64_t>(address), __ATOMIC_RELAXED);
+}
+
+// The threads of a block share an OS thread: what one has stored the others see.
+inline void st_relaxed_cta_block_word(uint32_t index, uint32_t value) { sim::block_word(index) = value; }
+inline uint32_t ld_acquire_cta_block_word(uint32_t index) { return sim::block_word(index); }
+inline void st_release_cta_block_word_ready(uint32_t index, uint32_t value) {
+  sim::progressed();
+  sim::preempt();
+  sim::block_word(index) = value;
+}
+inline void st_release_cta_block_word_done(uint32_t index, uint32_t value) {
+  st_release_cta_block_word_ready(index, value);
+}
+inline void bar_warp_sync() { sim::warp_barrier(); }
 
 inline uint32_t atom_relaxed_gpu_exchange_ticket(uint64_t address, uint32_t ticket) {
   return __atomic_exchange_n(host_pointer<uint32_t>(address), ticket, __ATOMIC_RELAXED);

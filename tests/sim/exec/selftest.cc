@@ -28,7 +28,8 @@ using twoshot::sim::find_kernel;
 using twoshot::sim::Launch;
 
 constexpr size_t kStageBytes = 256 * 1024;
-constexpr size_t kWindowBytes = TWOSHOT_HEADER_BYTES + TWOSHOT_STAGES * kStageBytes;
+constexpr size_t kRingBytes = 1024 * 1024;
+constexpr size_t kWindowBytes = TWOSHOT_HEADER_BYTES + TWOSHOT_STAGES * kStageBytes + kRingBytes;
 constexpr uint8_t kPoison = 0xA5;
 constexpr size_t kGuard = 64;
 
@@ -144,6 +145,9 @@ struct Group {
   std::unique_ptr<uint8_t[]> memory;
   uint8_t* windows;
   std::vector<TwoshotControl> controls;
+  // Small ones, so that a call goes through the ring many times.
+  uint32_t channels = 3;
+  uint16_t ring_log2 = 2;
 
   explicit Group(unsigned ranks)
       : ranks(ranks), memory(new uint8_t[ranks * kWindowBytes + 128]), controls(ranks, TwoshotControl{}) {
@@ -155,7 +159,7 @@ struct Group {
     for (unsigned r = 0; r < ranks; r++) {
       std::memset(window(r), 0, TWOSHOT_HEADER_BYTES);
       auto* words = reinterpret_cast<uint32_t*>(window(r) + TWOSHOT_HEADER_BYTES);
-      std::fill(words, words + TWOSHOT_STAGES * kStageBytes / 4, TWOSHOT_SENTINEL);
+      std::fill(words, words + (TWOSHOT_STAGES * kStageBytes + kRingBytes) / 4, TWOSHOT_SENTINEL);
       controls[r] = TwoshotControl{};
     }
   }
@@ -174,6 +178,9 @@ struct Group {
     args.timeout_ns = 20'000'000'000u;
     args.rank = rank;
     args.ranks = ranks;
+    args.channels = channels;
+    args.ring_log2 = ring_log2;
+    args.chunk_log2 = 7;
     return args;
   }
 };
@@ -182,17 +189,18 @@ struct Group {
 constexpr uint64_t kMulticast = 0x4D00'0000'0000'0000u;
 Group* multicast_group = nullptr;
 
-enum Shape { kOneShot, kTwoShot, kSwitch };
-const char* const kShapeNames[] = {"oneshot", "twoshot", "switch"};
+enum Shape { kOneShot, kTwoShot, kSwitch, kBulk };
+const char* const kShapeNames[] = {"oneshot", "twoshot", "switch", "bulk"};
 
 std::string kernel_name(Shape shape, Type type, unsigned ranks, bool generic, bool multicast) {
-  const bool special = !generic && shape != kSwitch && (ranks == 2 || ranks == 4 || ranks == 8);
+  const bool special = !generic && shape != kSwitch && (ranks == 2 || ranks == 4 || (ranks == 8 && shape != kBulk));
   return std::string("twoshot_") + kShapeNames[shape] + "_" + kTypeNames[type] + "_" +
          (special ? std::to_string(ranks) : "n") + "_" + (multicast ? "mc" : "uc");
 }
 
 // Bytes of a stage that a call needs.
 size_t stage_need(Shape shape, unsigned ranks, size_t bytes) {
+  if (shape == kBulk) return 0;  // a ring holds any payload
   const size_t lines = (bytes + 15) / 16;
   const size_t part = ((shape == kOneShot ? lines : (lines + ranks - 1) / ranks) + 7) / 8 * 8;
   const size_t chunks = (part + TWOSHOT_CHUNK_LINES - 1) / TWOSHOT_CHUNK_LINES;
@@ -262,13 +270,14 @@ struct Call {
 
 Call random_call(std::mt19937_64& random, unsigned ranks, bool generic, bool multicast, bool disturbed) {
   Call call = {};
-  call.shape = static_cast<Shape>(random() % (multicast ? 3 : 2));
+  call.shape = static_cast<Shape>(random() % 3);
+  if (call.shape == kSwitch && !multicast) call.shape = kBulk;
   call.generic = generic;
   call.multicast = multicast;
   call.type = static_cast<Type>(random() % 3);
   const size_t size = call.type == kF32 ? 4 : 2;
   do {
-    call.count = 1 + random() % (random() % 4 == 0 ? 20000 : 600);
+    call.count = 1 + random() % (random() % 4 == 0 ? (call.shape == kBulk ? 60000 : 20000) : 600);
   } while (stage_need(call.shape, ranks, call.count * size) > kStageBytes);
   const size_t bytes = call.count * size;
   for (unsigned r = 0; r < ranks; r++) {
@@ -278,7 +287,9 @@ Call random_call(std::mt19937_64& random, unsigned ranks, bool generic, bool mul
     call.in_place.push_back(random() % 4 == 0);
     fill(random, call.type, call.in[r].data, call.count);
     call.given.emplace_back(call.in[r].data, call.in[r].data + bytes);
-    const unsigned block = call.shape == kSwitch ? TWOSHOT_CHUNK_LINES << random() % 2 : 32u << random() % 3;
+    const unsigned block = call.shape == kBulk     ? TWOSHOT_BULK_THREADS
+                           : call.shape == kSwitch ? TWOSHOT_CHUNK_LINES << random() % 2
+                                                   : 32u << random() % 3;
     call.launches.push_back({1 + static_cast<unsigned>(random() % 5), block, 0, disturbed ? random() | 1 : 0,
                              disturbed && random() % 4 == 0 ? 300u : 0});
   }
@@ -326,6 +337,10 @@ void random_calls(unsigned ranks, unsigned calls, uint64_t seed, bool generic, b
   }
   multicast_group = &group;
   std::mt19937_64 random(seed);
+  group.channels = 1 + static_cast<uint32_t>(random() % (ranks > 8 ? 2 : 4));
+  group.ring_log2 = static_cast<uint16_t>(2 + random() % 2);
+  const size_t slots = size_t{2} * (ranks - 1) * group.channels << group.ring_log2;
+  if (slots * (TWOSHOT_FLAG_BYTES + (TWOSHOT_LINE_BYTES << 7)) + TWOSHOT_STAGE_ALIGN > kRingBytes) fail("the ring is too small");
   for (unsigned done = 0; done < calls;) {
     // A batch of calls back to back, so that ranks drift apart by a launch.
     std::vector<Call> batch;
@@ -381,7 +396,7 @@ void one_block_at_a_time() {
     std::vector<std::thread> threads;
     for (unsigned r = 0; r < kRanks; r++) {
       threads.emplace_back([&, r] {
-        call.launches[r] = {5, 64, 1, 0, 0};
+        call.launches[r] = {5, call.shape == kBulk ? TWOSHOT_BULK_THREADS : 64u, 1, 0, 0};
         void* out = call.in_place[r] ? call.in[r].data : call.out[r].data;
         const TwoshotArgs args = group.args(r, call.in[r].data, out, call.count);
         const std::string name = kernel_name(call.shape, call.type, kRanks, false, false);
@@ -400,14 +415,15 @@ struct Lone {
   Group group{4};
   std::vector<uint8_t> in = std::vector<uint8_t>(4096), out = std::vector<uint8_t>(4096);
 
-  bool in_switch = false;
+  bool in_switch = false, in_bulk = false;
 
   void launch(uint64_t timeout_ns) {
     TwoshotArgs args = group.args(1, in.data(), out.data(), 1024);
     args.timeout_ns = timeout_ns;
     args.multicast = kMulticast;
-    const char* kernel = in_switch ? "twoshot_switch_f32_n_mc" : "twoshot_twoshot_f32_4_uc";
-    twoshot::sim::run(*find_kernel(kernel), {2, in_switch ? 128u : 64u, 0, 0, 0}, &args);
+    const char* kernel = in_switch ? "twoshot_switch_f32_n_mc" : in_bulk ? "twoshot_bulk_f32_4_uc" : "twoshot_twoshot_f32_4_uc";
+    const unsigned block = in_switch ? 128u : in_bulk ? TWOSHOT_BULK_THREADS : 64u;
+    twoshot::sim::run(*find_kernel(kernel), {2, block, 0, 0, 0}, &args);
   }
   // As if these ranks had laid out and announced their inputs.
   void announce(std::vector<unsigned> ranks) {
@@ -417,7 +433,8 @@ struct Lone {
   void expect(uint32_t fault, const char* what) {
     const TwoshotControl& control = group.controls[1];
     if (control.fault != fault) fail(std::string(what) + ": fault is " + std::to_string(control.fault));
-    if (control.kernel != (in_switch ? TWOSHOT_KERNEL_SWITCH : TWOSHOT_KERNEL_TWOSHOT) || control.count != 1024 || control.peer == 1 || control.peer > 3 ||
+    const uint32_t kernel = in_switch ? TWOSHOT_KERNEL_SWITCH : in_bulk ? TWOSHOT_KERNEL_BULK : TWOSHOT_KERNEL_TWOSHOT;
+    if (control.kernel != kernel || control.count != 1024 || control.peer == 1 || control.peer > 3 ||
         control.phase != TWOSHOT_PHASE_SCATTER || control.line >= 64) {
       fail(std::string(what) + ": the record is not what happened");
     }
@@ -442,6 +459,32 @@ void faults() {
     lone.launch(0);
     host.join();
     lone.expect(TWOSHOT_FAULT_ABORTED, "abort");
+  }
+  for (const unsigned missing : {0u, 2u, 3u}) {
+    // The flags of the others are there: shards of 64 lines are one chunk, and it is the first channel's.
+    Lone lone;
+    lone.in_bulk = true;
+    const uint64_t first_turn = 1;
+    const auto flag = [&](unsigned phase, unsigned peer) {
+      uint8_t* ring = lone.group.window(1) + TWOSHOT_HEADER_BYTES + TWOSHOT_STAGES * kStageBytes;
+      const size_t index = ((phase - 1) * 3 + peer - (peer > 1 ? 1 : 0)) * lone.group.channels;
+      return ring + TWOSHOT_FLAG_BYTES * (index << lone.group.ring_log2);
+    };
+    for (const unsigned peer : {0u, 2u, 3u}) {
+      if (peer != missing) std::memcpy(flag(TWOSHOT_PHASE_SCATTER, peer), &first_turn, 8);
+      std::memcpy(flag(TWOSHOT_PHASE_BROADCAST, peer), &first_turn, 8);
+    }
+    lone.launch(100'000'000);
+    lone.expect(TWOSHOT_FAULT_DEADLINE, "deadline in bulk");
+    if (lone.group.controls[1].peer != missing) fail("the missing rank is another");
+    // Whoever gives up says nothing to anybody: what it has scattered it may say, what it has reduced it must not.
+    for (const unsigned r : {0u, 2u, 3u}) {
+      const uint8_t* ring = lone.group.window(r) + TWOSHOT_HEADER_BYTES + TWOSHOT_STAGES * kStageBytes;
+      const size_t of_rank_1 = (3 + 1 - (1 > r ? 1 : 0)) * lone.group.channels << lone.group.ring_log2;
+      uint64_t broadcast;
+      std::memcpy(&broadcast, ring + TWOSHOT_FLAG_BYTES * of_rank_1, 8);
+      if (broadcast == first_turn) fail("a result without all ranks");
+    }
   }
   for (const unsigned missing : {0u, 2u, 3u}) {
     // Nothing is loaded, let alone published, before the last rank has announced its input.

@@ -16,7 +16,7 @@ use serde::Serialize;
 use twoshot::config::Config;
 use twoshot::decline::Decline;
 use twoshot::domain::merge;
-use twoshot::setup::HostIdentity;
+use twoshot::setup::{HostIdentity, payloads};
 use twoshot::table::{World, row};
 
 use crate::sizes;
@@ -199,20 +199,22 @@ fn verdict(
     let world =
         World { ranks: ranks as u32, arch: domain.arch, multicast: domain.multicast, hosts: domain.hosts, nccl };
     let limits = tuned(findings, config, world).unwrap_or_else(|| row(world));
-    let (one, two) =
-        (config.oneshot_max_bytes.unwrap_or(limits.oneshot_bytes), config.max_bytes.unwrap_or(limits.twoshot_bytes));
+    let (one, two, bulk) = payloads(config, limits);
+    let bulk = if domain.multicast { 0 } else { bulk };
+    let most = two.max(bulk);
     let source = limits.source.name();
     let way = if domain.multicast { "multicast, else unicast" } else { "unicast" };
     findings.add(
         Mark::Info,
         "cross-over",
         format!(
-            "one-shot to {}, two-shot to {}, stock above ({source}; {way})",
-            sizes::format(one.min(two)),
-            sizes::format(two)
+            "one-shot to {}, two-shot to {}{}, stock above ({source}; {way})",
+            sizes::format(one),
+            sizes::format(two),
+            if bulk > two { format!(", bulk to {}", sizes::format(bulk)) } else { String::new() },
         ),
     );
-    let text = format!("AllReduce up to {} over the {ranks} visible GPUs would be routed", sizes::format(two));
+    let text = format!("AllReduce up to {} over the {ranks} visible GPUs would be routed", sizes::format(most));
     Verdict { routed: true, reason: None, text }
 }
 

@@ -38,6 +38,8 @@ pub struct Choice {
     pub blocks: u32,
     pub oneshot_bytes: u64,
     pub twoshot_bytes: u64,
+    /// 0 where nothing goes through the ring.
+    pub bulk_bytes: u64,
 }
 
 /// A smaller budget is taken when it costs no more than this at a size, on average: the rest of the GPU has other work.
@@ -64,24 +66,31 @@ fn limits(samples: &[Sample], sizes: &[u64], blocks: u32, margin: f64) -> (Choic
         let mine = samples.iter().filter(|s| (s.algorithm, s.blocks, s.bytes) == (algorithm, blocks, bytes));
         mine.map(|sample| sample.ratio).min_by(|a, b| a.mean_log().total_cmp(&b.mean_log()))
     };
-    // One limit splits all sizes: the one under which they take least in all, not the first size where a noisy time
-    // says otherwise. What has no two-shot time is not taken behind it.
-    let split = |limit: u64| {
+    // Two limits split all sizes: those under which they take least in all, not the first size where a noisy time says
+    // otherwise. What has no time of two-shot, or behind that of bulk, is not taken there.
+    let by = |one: u64, two: u64, bytes: u64| match bytes {
+        _ if bytes <= one => Algorithm::OneShot,
+        _ if bytes <= two => Algorithm::TwoShot,
+        _ => Algorithm::Bulk,
+    };
+    let split = |(one, two): (u64, u64)| {
         let cost = |bytes: &u64| {
-            let algorithm = if *bytes <= limit { Algorithm::OneShot } else { Algorithm::TwoShot };
-            of(algorithm, *bytes).map_or(if *bytes <= limit { f64::INFINITY } else { 0.0 }, Ratio::mean_log)
+            let missing = if *bytes <= one { f64::INFINITY } else { 0.0 };
+            of(by(one, two, *bytes), *bytes).map_or(missing, Ratio::mean_log)
         };
         sizes.iter().map(cost).sum::<f64>()
     };
-    let oneshot =
-        std::iter::once(0).chain(sizes.iter().copied()).min_by(|a, b| split(*a).total_cmp(&split(*b))).unwrap_or(0);
-    let chosen = |bytes: u64| of(if bytes <= oneshot { Algorithm::OneShot } else { Algorithm::TwoShot }, bytes);
+    let edges = || std::iter::once(0).chain(sizes.iter().copied());
+    let pairs = edges().flat_map(|one| edges().filter(move |two| *two >= one).map(move |two| (one, two)));
+    let (oneshot, twoshot) = pairs.min_by(|a, b| split(*a).total_cmp(&split(*b))).unwrap_or((0, 0));
+    let chosen = |bytes: u64| of(by(oneshot, twoshot, bytes), bytes);
     // Without a gap: a size that is lost ends it, whatever comes behind.
     let won = |bytes: &u64| chosen(*bytes).is_some_and(|ratio| ratio.worst() * (1.0 + margin) <= 1.0);
-    let twoshot = sizes.iter().copied().take_while(won).last().unwrap_or(0);
-    let taken = sizes.iter().copied().take_while(|bytes| *bytes <= twoshot);
+    let most = sizes.iter().copied().take_while(won).last().unwrap_or(0);
+    let taken = sizes.iter().copied().take_while(|bytes| *bytes <= most);
     let score = taken.filter_map(chosen).map(Ratio::mean_log).sum();
-    (Choice { blocks, oneshot_bytes: oneshot.min(twoshot), twoshot_bytes: twoshot }, score)
+    let bulk_bytes = if most > twoshot { most } else { 0 };
+    (Choice { blocks, oneshot_bytes: oneshot.min(most), twoshot_bytes: twoshot.min(most), bulk_bytes }, score)
 }
 
 #[cfg(test)]
@@ -157,6 +166,19 @@ mod tests {
     }
 
     #[test]
+    fn what_goes_through_the_ring_begins_where_it_is_faster_than_two_shot_and_ends_where_it_loses() {
+        let choice = |two: &[f64], bulk: &[f64]| {
+            let samples = [both(&[0.3, 0.5], two), column(Algorithm::Bulk, 32, bulk)].concat();
+            let Choice { oneshot_bytes, twoshot_bytes, bulk_bytes, .. } = choose(&samples, 0.03).unwrap();
+            (oneshot_bytes >> 10, twoshot_bytes >> 10, bulk_bytes >> 10)
+        };
+        assert_eq!(choice(&[0.6, 0.4, 0.4, 0.7, 0.9], &[2.0, 1.0, 0.8, 0.6, 0.7, 0.75, 1.1]), (1, 4, 32));
+        assert_eq!(choice(&[0.6, 0.4, 0.4, 0.7, 0.9], &[2.0, 1.0, 0.8, 0.8, 0.95]), (1, 16, 0));
+        // Two-shot was not tried at the largest.
+        assert_eq!(choice(&[0.6, 0.4], &[2.0, 1.0, 0.8, 0.9]), (1, 2, 8));
+    }
+
+    #[test]
     fn nothing_timed_is_nothing_chosen() {
         assert_eq!(choose(&[], 0.03), None);
     }
@@ -168,7 +190,7 @@ mod tests {
         ) {
             let samples = both(&one, &two);
             let choice = choose(&samples, 0.03).unwrap();
-            prop_assert!(choice.oneshot_bytes <= choice.twoshot_bytes);
+            prop_assert!(choice.oneshot_bytes <= choice.twoshot_bytes && choice.bulk_bytes == 0);
             for (power, bytes) in (0..12).map(|power| (power, 1024u64 << power)) {
                 if bytes <= choice.twoshot_bytes {
                     let taken = if bytes <= choice.oneshot_bytes { &one } else { &two };
