@@ -68,9 +68,9 @@ uint64_t factor_of(const Payload& payload, int type, int rank, bool each);
 uint64_t product(int type, uint64_t a, uint64_t b);
 
 // The reduction over `ranks` ranks of elements [first, first + count): f32 accumulation in rank order, one rounding.
-// With `factors`, one for each rank, every element is multiplied before.
+// With `factors`, one for each rank, every element is multiplied before. Without `magnitudes` it is for exact comparison.
 Expectation reduce_reference(const Payload& payload, int type, int op, int ranks, size_t first, size_t count,
-                             const std::vector<uint64_t>& factors = {});
+                             const std::vector<uint64_t>& factors = {}, bool magnitudes = true);
 
 // Number of wrong elements; `note` describes the first. NaN equals any NaN.
 size_t compare(const Expectation& expected, const uint8_t* got, int type, int op, int ranks, size_t count, int exact,

@@ -218,6 +218,7 @@ class Driver {
   Options options_;
   std::vector<Lane> lanes_;
   Tally tally_;
+  std::chrono::steady_clock::time_point started_ = std::chrono::steady_clock::now();
   int in_group_ = 0;  // open groups of the script
   bool graphs_dropped_ = false;
   bool held_ = false;  // calls are issued, but not waited for
