@@ -74,6 +74,8 @@ class Place:
         self.jobs = 0
         # One process whose one thread has all GPUs, instead of one process for each.
         self.together = False
+        # More of the worker's options.
+        self.arguments = []
         if self.simulated:
             hosts, _, gpus = options.sim.rpartition("x")
             self.hosts, self.gpus = int(hosts or 1), int(gpus)
@@ -122,7 +124,7 @@ class Place:
                 "LD_LIBRARY_PATH": str(self.libs)})
         elif self.gpus < self.ranks:
             kept.update({"TWOSHOT_SHARED_GPU": "1", "NCCL_HOSTID": f"emulated-{rank}", "NCCL_SOCKET_IFNAME": "lo"})
-        kept.update(more)
+        kept.update({name: value.replace("{rank}", str(rank)) for name, value in more.items()})
         return kept
 
     def device(self, rank):
@@ -162,7 +164,7 @@ class Rank:
     def __init__(self, place, session, rank, program, more, stock, seconds):
         command = [str(place.worker), "--rank", str(rank), "--ranks", str(place.ranks), "--device", str(place.device(rank)),
                    "--id", str(session / "unique-id"), "--timeout", str(seconds), "--program", program]
-        command += ["--gpus", str(place.ranks)] if place.together else []
+        command += place.arguments + (["--gpus", str(place.ranks)] if place.together else [])
         self.rank, self.lines, self.noise = rank, [], []
         self.process = subprocess.Popen(command, env=place.environment(session, rank, more, stock), text=True,
                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

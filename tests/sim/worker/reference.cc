@@ -168,6 +168,23 @@ uint64_t mix(uint64_t value) {
   return value ^ (value >> 31);
 }
 
+void Digest::add(const uint8_t* data, size_t bytes) {
+  any_ = true;
+  for (size_t at = 0; at < bytes;) {
+    size_t have = length_ % 8;
+    size_t taken = std::min(8 - have, bytes - at);
+    uint64_t next = 0;
+    std::memcpy(&next, data + at, taken);
+    word_ |= next << (8 * have);
+    if (have + taken == 8) {
+      hash_ = step(hash_, word_);
+      word_ = 0;
+    }
+    length_ += taken;
+    at += taken;
+  }
+}
+
 int type_by_name(const std::string& name) {
   for (const Name& entry : kTypes) {
     if (name == entry.name) return entry.value;

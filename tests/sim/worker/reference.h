@@ -13,6 +13,22 @@ using Bytes = std::vector<uint8_t>;
 
 uint64_t mix(uint64_t value);
 
+// Of bytes end to end, however they are cut. Eight at a time, since payloads may be long.
+class Digest {
+ public:
+  void add(const uint8_t* data, size_t bytes);
+  bool any() const { return any_; }
+  uint64_t value() const { return step(hash_, word_ ^ length_); }
+
+ private:
+  static uint64_t step(uint64_t hash, uint64_t word) { return (hash ^ word ^ word >> 32) * 0x100000001b3ull; }
+
+  bool any_ = false;
+  uint64_t hash_ = 0xcbf29ce484222325ull;
+  uint64_t word_ = 0;  // the last bytes, which are not eight yet
+  uint64_t length_ = 0;
+};
+
 // A stream of decisions that is the same wherever it is made from the same numbers.
 class Random {
  public:
