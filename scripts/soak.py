@@ -43,19 +43,25 @@ def newest(pattern):
 
 def compile_worker(folder):
     """The worker against the system's NCCL. Functions that an older one lacks are weak."""
-    sources = [str(path) for path in sorted((ROOT / "tests/sim/worker").glob("*.cc"))]
-    command = ["g++", "-O1", "-std=c++17", "-pthread", "-Wl,-z,lazy", "-o", str(folder / "worker")]
-    command += [f"-I{ROOT / part}" for part in ("include", "tests/sim/worker", "kernels")] + sources
+    sources = sorted((ROOT / "tests/sim/worker").glob("*.cc"))
+    objects = [str(folder / f"{path.stem}.o") for path in sources]
+    compile_ = ["g++", "-O2", "-std=c++17", "-pthread", "-c"]
+    compile_ += [f"-I{ROOT / part}" for part in ("include", "tests/sim/worker", "kernels")]
+    parts = [subprocess.Popen([*compile_, "-o", out, str(path)], stderr=subprocess.PIPE, text=True)
+             for path, out in zip(sources, objects)]
+    said = "".join([part.communicate()[1] for part in parts])
+    if any(part.returncode for part in parts):
+        sys.exit(f"soak: the worker cannot be compiled (or name one by --worker):\n{said[-2000:]}")
+    link = ["g++", "-pthread", "-Wl,-z,lazy", "-o", str(folder / "worker"), *objects]
     stubs = [f"-L{path}" for path in ("/usr/local/cuda/lib64/stubs", "/usr/lib/x86_64-linux-gnu",
                                       "/usr/lib/aarch64-linux-gnu", "/usr/lib64") if os.path.isdir(path)]
-    said = ""
     for nccl in ("-lnccl", "-l:libnccl.so.2"):
         for cuda in ("-lcuda", "-l:libcuda.so.1"):
-            done = subprocess.run(command + stubs + [nccl, cuda, "-ldl"], capture_output=True, text=True)
+            done = subprocess.run(link + stubs + [nccl, cuda, "-ldl"], capture_output=True, text=True)
             if done.returncode == 0:
                 return folder / "worker"
             said = done.stderr
-    sys.exit(f"soak: the worker cannot be compiled (or name one by --worker):\n{said[-2000:]}")
+    sys.exit(f"soak: the worker cannot be linked (or name one by --worker):\n{said[-2000:]}")
 
 
 class Place:
@@ -66,6 +72,10 @@ class Place:
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="twoshot-soak-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
         self.simulated = options.sim is not None
         self.jobs = 0
+        # One process whose one thread has all GPUs, instead of one process for each.
+        self.together = False
+        # More of the worker's options.
+        self.arguments = []
         if self.simulated:
             hosts, _, gpus = options.sim.rpartition("x")
             self.hosts, self.gpus = int(hosts or 1), int(gpus)
@@ -110,10 +120,11 @@ class Place:
             kept.update({
                 "TWOSHOT_SIM_DIR": str(session), "TWOSHOT_SIM_HOST": str(host), "TWOSHOT_SIM_RANK": str(rank),
                 "TWOSHOT_HOST_ID": f"sim-host-{host}", "NCCL_HOSTID": f"sim-host-{host}",
-                "CUDA_VISIBLE_DEVICES": str(gpu), "LD_LIBRARY_PATH": str(self.libs)})
+                "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(self.gpus))) if self.together else str(gpu),
+                "LD_LIBRARY_PATH": str(self.libs)})
         elif self.gpus < self.ranks:
             kept.update({"TWOSHOT_SHARED_GPU": "1", "NCCL_HOSTID": f"emulated-{rank}", "NCCL_SOCKET_IFNAME": "lo"})
-        kept.update(more)
+        kept.update({name: value.replace("{rank}", str(rank)) for name, value in more.items()})
         return kept
 
     def device(self, rank):
@@ -153,6 +164,7 @@ class Rank:
     def __init__(self, place, session, rank, program, more, stock, seconds):
         command = [str(place.worker), "--rank", str(rank), "--ranks", str(place.ranks), "--device", str(place.device(rank)),
                    "--id", str(session / "unique-id"), "--timeout", str(seconds), "--program", program]
+        command += place.arguments + (["--gpus", str(place.ranks)] if place.together else [])
         self.rank, self.lines, self.noise = rank, [], []
         self.process = subprocess.Popen(command, env=place.environment(session, rank, more, stock), text=True,
                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -185,8 +197,12 @@ def run(place, program, more=None, stock=False, seconds=120, kill=None):
     """Runs one job to its end. `kill(ranks)` is called beside it. No process is ever left."""
     session = place.session()
     ranks = []
+    # Too long for an argument.
+    if len(program) > 100000:
+        (session / "program").write_text(program)
+        program = str(session / "program")
     try:
-        for rank in range(place.ranks):
+        for rank in range(1 if place.together else place.ranks):
             ranks.append(Rank(place, session, rank, program, more or {}, stock, seconds))
         if kill:
             kill(ranks)
@@ -458,18 +474,23 @@ def lifecycle(place, options):
     return good
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=["soak", "lifecycle", "kill", "beside"])
+def add_places(parser):
+    """The options that a Place reads."""
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--gpus", type=int, metavar="N", help="ranks on this machine's GPUs")
     where.add_argument("--sim", metavar="N|HxG", help="simulated GPUs: N of one host, or H hosts of G each")
-    parser.add_argument("--limit", type=int, default=300, metavar="SECONDS", help="time for all of it [300]")
-    parser.add_argument("--rounds", type=int, help="soak: as many as fit; lifecycle: 500; kill: 20; beside: 20")
-    parser.add_argument("--seed", type=int, help="of the first round [random]")
     parser.add_argument("--library", help="libtwoshot.so [the newest below target]")
     parser.add_argument("--worker", help="the worker [simulated: the build's; else compiled here]")
     parser.add_argument("--libs", help="folder of the simulated libraries [the newest below target]")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=["soak", "lifecycle", "kill", "beside"])
+    add_places(parser)
+    parser.add_argument("--limit", type=int, default=300, metavar="SECONDS", help="time for all of it [300]")
+    parser.add_argument("--rounds", type=int, help="soak: as many as fit; lifecycle: 500; kill: 20; beside: 20")
+    parser.add_argument("--seed", type=int, help="of the first round [random]")
     options = parser.parse_args()
     options.seed = random.randrange(1 << 30) if options.seed is None else options.seed
     options.rounds = options.rounds or {"soak": 1 << 30, "lifecycle": 500, "kill": 20, "beside": 20}[options.mode]
@@ -500,7 +521,11 @@ def main():
         place.close()
 
 
-if __name__ == "__main__":
-    # A terminated run takes its ranks along: `run` ends them on the way out.
+def main_of(main):
+    """Runs it. A terminated run takes its ranks along: `run` ends them on the way out."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    main_of(main)

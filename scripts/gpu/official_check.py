@@ -41,7 +41,7 @@ def library():
 
 class Rank:
     def __init__(self, options):
-        self.rank, self.ranks = options.rank, options.ranks
+        self.rank, self.ranks, self.rounds = options.rank, options.ranks, 3 if options.quick else 4
         self.device = torch.device("cuda", self.rank % torch.cuda.device_count())
         torch.cuda.set_device(self.device)
         torch.zeros(1, device=self.device)
@@ -86,6 +86,10 @@ class Rank:
         self.ok(self.nccl.ncclCommDestroy(self.comm))
 
 
+def door_library():
+    return os.environ.get("TWOSHOT_LIBRARY") or os.environ["NCCL_NET_PLUGIN"]
+
+
 def reduced(door):
     """AllReduce slices that twoshot's kernels have reduced in this process."""
     routed, stock = ctypes.c_uint64(), ctypes.c_uint64()
@@ -126,7 +130,7 @@ def check_all_reduce(me):
         if number >= 10 and me.version < 22400:
             continue
         for op_number, op in enumerate(OPS):
-            for round_, count in enumerate([1, 1021, 70_001 + 13 * op_number, 900_000 if op == "sum" else 4096]):
+            for round_, count in enumerate([1, 1021, 70_001 + 13 * op_number, 900_000 if op == "sum" else 4096][:me.rounds]):
                 seed = number * 100 + op_number * 10 + round_
                 signed = not name.startswith("u")
                 numbers = [values(seed, rank, me.ranks, count, op, signed) for rank in range(me.ranks)]
@@ -161,7 +165,7 @@ def check_others(me):
             print(f"rank {me.rank}: {what} is wrong", flush=True)
 
     n, everyone = ctypes.c_size_t, range(me.ranks)
-    for count in [1, 4099, 1_000_003, 20_000_000]:
+    for count in [1, 4099, 1_000_003, 20_000_000][:me.rounds]:
         all_data = [data(count, rank, count) for rank in everyone]
         mine = all_data[me.rank].to(me.device)
         out = torch.zeros(count * me.ranks, dtype=torch.uint8, device=me.device)
@@ -243,6 +247,7 @@ def main():
     parser.add_argument("--ranks", type=int)
     parser.add_argument("--dir")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--times", action="store_true")
     parser.add_argument("--compare", nargs="+")
     options = parser.parse_args()
@@ -254,7 +259,7 @@ def main():
     if options.check:
         for name, check in [("AllReduce", check_all_reduce), ("the other collectives", check_others)]:
             calls, bad = check(me)
-            slices = reduced(os.environ["NCCL_NET_PLUGIN"])
+            slices = reduced(door_library())
             wrong += bad + (slices == 0)
             print(f"rank {me.rank}: {name}: {calls} calls, {bad} wrong (NCCL {me.version}); "
                   f"{slices} slices reduced by twoshot's kernels so far", flush=True)
@@ -264,7 +269,7 @@ def main():
             with open(os.path.join(options.dir, "times"), "w") as file:
                 json.dump(times, file)
     if os.environ.get("TWOSHOT_MODE") == "collnet":
-        straight, straight_bytes, window, window_bytes, refused = sent(os.environ["NCCL_NET_PLUGIN"])
+        straight, straight_bytes, window, window_bytes, refused = sent(door_library())
         print(f"rank {me.rank}: network: {straight} messages, {straight_bytes} B straight; {window}, {window_bytes} B "
               f"through windows; {refused} memories without a straight way", flush=True)
     me.close()

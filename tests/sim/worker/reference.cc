@@ -1,10 +1,12 @@
 // See reference.h. Pure computation.
 #include "reference.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <thread>
 
 #include "nccl_api.h"
 
@@ -63,18 +65,36 @@ float slow_decode(int type, uint64_t bits) {
   return float(negative ? -value : value);
 }
 
+std::vector<float> decode_all(int type, size_t patterns) {
+  std::vector<float> t(patterns);
+  for (uint32_t i = 0; i < t.size(); ++i) t[i] = slow_decode(type, i);
+  return t;
+}
+
 const std::vector<float>& table_of(int type) {
-  static const std::vector<float> half = [] {
-    std::vector<float> t(65536);
-    for (uint32_t i = 0; i < t.size(); ++i) t[i] = slow_decode(ncclFloat16, i);
-    return t;
-  }();
-  static const std::vector<float> brain = [] {
-    std::vector<float> t(65536);
-    for (uint32_t i = 0; i < t.size(); ++i) t[i] = slow_decode(ncclBfloat16, i);
-    return t;
-  }();
-  return type == ncclFloat16 ? half : brain;
+  static const std::vector<float> half = decode_all(ncclFloat16, 65536);
+  static const std::vector<float> brain = decode_all(ncclBfloat16, 65536);
+  static const std::vector<float> e4m3 = decode_all(ncclFloat8e4m3, 256);
+  static const std::vector<float> e5m2 = decode_all(ncclFloat8e5m2, 256);
+  return type == ncclFloat16 ? half : type == ncclBfloat16 ? brain : type == ncclFloat8e4m3 ? e4m3 : e5m2;
+}
+
+// Elements that are worth a thread of their own.
+constexpr size_t kShare = 1 << 16;
+
+// Calls `work(first, end, part)` for consecutive parts of [0, count), at once where they are large and there are cores: half
+// of them, because ranks are often two processes of a host. At most `kParts`.
+constexpr size_t kParts = 16;
+template <class Work>
+void in_parts(size_t count, const Work& work) {
+  size_t cores = std::max(2u, std::thread::hardware_concurrency()) / 2;
+  size_t parts = std::min({cores, kParts, std::max(count / kShare, size_t(1))});
+  std::vector<std::thread> threads;
+  for (size_t p = 1; p < parts; ++p) {
+    threads.emplace_back([&work, count, parts, p] { work(count * p / parts, count * (p + 1) / parts, p); });
+  }
+  work(size_t(0), count / parts, size_t(0));
+  for (std::thread& thread : threads) thread.join();
 }
 
 uint32_t special_bits(int type, uint64_t pick) {
@@ -148,6 +168,23 @@ uint64_t mix(uint64_t value) {
   return value ^ (value >> 31);
 }
 
+void Digest::add(const uint8_t* data, size_t bytes) {
+  any_ = true;
+  for (size_t at = 0; at < bytes;) {
+    size_t have = length_ % 8;
+    size_t taken = std::min(8 - have, bytes - at);
+    uint64_t next = 0;
+    std::memcpy(&next, data + at, taken);
+    word_ |= next << (8 * have);
+    if (have + taken == 8) {
+      hash_ = step(hash_, word_);
+      word_ = 0;
+    }
+    length_ += taken;
+    at += taken;
+  }
+}
+
 int type_by_name(const std::string& name) {
   for (const Name& entry : kTypes) {
     if (name == entry.name) return entry.value;
@@ -188,7 +225,7 @@ bool is_float(int type) {
 
 float decode(int type, uint64_t bits) {
   if (type == ncclFloat16 || type == ncclBfloat16) return table_of(type)[bits & 0xffff];
-  if (type != ncclFloat32) return slow_decode(type, bits);
+  if (type != ncclFloat32) return table_of(type)[bits & 0xff];
   uint32_t word = uint32_t(bits);
   float value;
   std::memcpy(&value, &word, sizeof value);
@@ -299,10 +336,12 @@ uint64_t element(const Payload& payload, int type, int rank, uint64_t index) {
 Bytes make_input(const Payload& payload, int type, int rank, size_t first, size_t count) {
   size_t bytes = type_bytes(type);
   Bytes out(count * bytes);
-  for (size_t i = 0; i < count; ++i) {
-    uint64_t bits = element(payload, type, rank, first + i);
-    std::memcpy(out.data() + i * bytes, &bits, bytes);
-  }
+  in_parts(count, [&](size_t begin, size_t end, size_t) {
+    for (size_t i = begin; i < end; ++i) {
+      uint64_t bits = element(payload, type, rank, first + i);
+      std::memcpy(out.data() + i * bytes, &bits, bytes);
+    }
+  });
   return out;
 }
 
@@ -333,56 +372,59 @@ uint64_t product(int type, uint64_t a, uint64_t b) {
 }
 
 Expectation reduce_reference(const Payload& payload, int type, int op, int ranks, size_t first, size_t count,
-                             const std::vector<uint64_t>& factors) {
+                             const std::vector<uint64_t>& factors, bool magnitudes) {
   size_t bytes = type_bytes(type);
   Expectation expected;
   expected.bits.resize(count * bytes);
-  if (is_float(type)) expected.magnitude.resize(count);
-  std::vector<uint64_t> raw(static_cast<size_t>(ranks));
-  std::vector<float> narrow(raw.size());
-  std::vector<double> wide(raw.size());
-  for (size_t i = 0; i < count; ++i) {
-    for (int r = 0; r < ranks; ++r) {
-      raw[size_t(r)] = element(payload, type, r, first + i);
-      if (!factors.empty()) raw[size_t(r)] = product(type, raw[size_t(r)], factors.at(size_t(r)));
-    }
-    uint64_t result = 0;
-    if (type == ncclFloat64) {
-      for (size_t r = 0; r < raw.size(); ++r) wide[r] = number(type, raw[r]);
-      double value = float_fold(op, wide);
-      std::memcpy(&result, &value, sizeof value);
-    } else if (is_float(type)) {
-      for (size_t r = 0; r < raw.size(); ++r) narrow[r] = decode(type, raw[r]);
-      result = encode(type, float_fold(op, narrow));
-    } else {
-      switch (type) {
-        case ncclInt8:
-          result = uint64_t(integer_fold<int8_t>(op, raw));
-          break;
-        case ncclUint8:
-          result = integer_fold<uint8_t>(op, raw);
-          break;
-        case ncclInt32:
-          result = uint64_t(integer_fold<int32_t>(op, raw));
-          break;
-        case ncclUint32:
-          result = integer_fold<uint32_t>(op, raw);
-          break;
-        case ncclInt64:
-          result = uint64_t(integer_fold<int64_t>(op, raw));
-          break;
-        default:
-          result = integer_fold<uint64_t>(op, raw);
-          break;
+  magnitudes = magnitudes && is_float(type);
+  if (magnitudes) expected.magnitude.resize(count);
+  in_parts(count, [&](size_t begin, size_t end, size_t) {
+    std::vector<uint64_t> raw(static_cast<size_t>(ranks));
+    std::vector<float> narrow(raw.size());
+    std::vector<double> wide(raw.size());
+    for (size_t i = begin; i < end; ++i) {
+      for (int r = 0; r < ranks; ++r) {
+        raw[size_t(r)] = element(payload, type, r, first + i);
+        if (!factors.empty()) raw[size_t(r)] = product(type, raw[size_t(r)], factors.at(size_t(r)));
+      }
+      uint64_t result = 0;
+      if (type == ncclFloat64) {
+        for (size_t r = 0; r < raw.size(); ++r) wide[r] = number(type, raw[r]);
+        double value = float_fold(op, wide);
+        std::memcpy(&result, &value, sizeof value);
+      } else if (is_float(type)) {
+        for (size_t r = 0; r < raw.size(); ++r) narrow[r] = decode(type, raw[r]);
+        result = encode(type, float_fold(op, narrow));
+      } else {
+        switch (type) {
+          case ncclInt8:
+            result = uint64_t(integer_fold<int8_t>(op, raw));
+            break;
+          case ncclUint8:
+            result = integer_fold<uint8_t>(op, raw);
+            break;
+          case ncclInt32:
+            result = uint64_t(integer_fold<int32_t>(op, raw));
+            break;
+          case ncclUint32:
+            result = integer_fold<uint32_t>(op, raw);
+            break;
+          case ncclInt64:
+            result = uint64_t(integer_fold<int64_t>(op, raw));
+            break;
+          default:
+            result = integer_fold<uint64_t>(op, raw);
+            break;
+        }
+      }
+      std::memcpy(expected.bits.data() + i * bytes, &result, bytes);
+      if (magnitudes) {
+        double sum = 0;
+        for (uint64_t bits : raw) sum += std::fabs(number(type, bits));
+        expected.magnitude[i] = sum;
       }
     }
-    std::memcpy(expected.bits.data() + i * bytes, &result, bytes);
-    if (is_float(type)) {
-      double sum = 0;
-      for (uint64_t bits : raw) sum += std::fabs(number(type, bits));
-      expected.magnitude[i] = sum;
-    }
-  }
+  });
   return expected;
 }
 
@@ -414,39 +456,46 @@ bool summed_in_any_order(int type, double a, double b, double magnitude, int ran
 size_t compare(const Expectation& expected, const uint8_t* got, int type, int op, int ranks, size_t count, int exact,
                std::string* note) {
   size_t bytes = type_bytes(type);
-  size_t wrong = 0;
   bool tolerant = is_float(type) && (!exact || (op != ncclSum && op != ncclMax && op != ncclMin));
   // 2: every operation was ours, whose bits are promised.
   if (exact >= 2) tolerant = false;
   bool switched = exact == 3 && op == ncclSum && is_float(type) && type_bytes(type) <= 4 && type_bytes(type) >= 2;
   double unit = std::ldexp(1.0, type == ncclFloat64 ? -50 : -format_of(type).mantissa_bits);
-  for (size_t i = 0; i < count; ++i) {
-    uint64_t want = load(expected.bits.data() + i * bytes, bytes);
-    uint64_t have = load(got + i * bytes, bytes);
-    if (want == have) continue;
-    if (is_float(type)) {
-      double a = number(type, want);
-      double b = number(type, have);
-      if (switched) {
-        if (summed_in_any_order(type, a, b, expected.magnitude[i], ranks)) continue;
-        tolerant = false;
+  size_t wrong[kParts] = {};
+  std::string notes[kParts];
+  in_parts(count, [&](size_t begin, size_t end, size_t part) {
+    for (size_t i = begin; i < end; ++i) {
+      uint64_t want = load(expected.bits.data() + i * bytes, bytes);
+      uint64_t have = load(got + i * bytes, bytes);
+      if (want == have) continue;
+      if (is_float(type)) {
+        double a = number(type, want);
+        double b = number(type, have);
+        if (switched) {
+          if (summed_in_any_order(type, a, b, expected.magnitude[i], ranks)) continue;
+        }
+        if (std::isnan(a) && std::isnan(b)) continue;
+        if ((op == ncclMax || op == ncclMin) && a == b) continue;  // the sign of a zero is not promised
+        if (tolerant) {
+          if (!std::isfinite(a) || !std::isfinite(b)) continue;  // another order may overflow elsewhere
+          double scale = op == ncclProd ? std::fabs(a) : expected.magnitude[i];
+          if (std::fabs(a - b) <= unit * double(ranks) * scale + 1e-30) continue;
+        }
       }
-      if (std::isnan(a) && std::isnan(b)) continue;
-      if ((op == ncclMax || op == ncclMin) && a == b) continue;  // the sign of a zero is not promised
-      if (tolerant) {
-        if (!std::isfinite(a) || !std::isfinite(b)) continue;  // another order may overflow elsewhere
-        double scale = op == ncclProd ? std::fabs(a) : expected.magnitude[i];
-        if (std::fabs(a - b) <= unit * double(ranks) * scale + 1e-30) continue;
+      if (wrong[part]++ == 0) {
+        char text[160];
+        snprintf(text, sizeof text, "element %zu of %zu: expected %0*llx, got %0*llx", i, count, int(2 * bytes),
+                 (unsigned long long)want, int(2 * bytes), (unsigned long long)have);
+        notes[part] = text;
       }
     }
-    if (wrong++ == 0 && note) {
-      char text[160];
-      snprintf(text, sizeof text, "element %zu of %zu: expected %0*llx, got %0*llx", i, count, int(2 * bytes),
-               (unsigned long long)want, int(2 * bytes), (unsigned long long)have);
-      *note = text;
-    }
+  });
+  size_t all = 0;
+  for (size_t part = 0; part < kParts; ++part) {
+    if (wrong[part] && all == 0 && note) *note = notes[part];
+    all += wrong[part];
   }
-  return wrong;
+  return all;
 }
 
 }  // namespace worker

@@ -13,6 +13,22 @@ using Bytes = std::vector<uint8_t>;
 
 uint64_t mix(uint64_t value);
 
+// Of bytes end to end, however they are cut. Eight at a time, since payloads may be long.
+class Digest {
+ public:
+  void add(const uint8_t* data, size_t bytes);
+  bool any() const { return any_; }
+  uint64_t value() const { return step(hash_, word_ ^ length_); }
+
+ private:
+  static uint64_t step(uint64_t hash, uint64_t word) { return (hash ^ word ^ word >> 32) * 0x100000001b3ull; }
+
+  bool any_ = false;
+  uint64_t hash_ = 0xcbf29ce484222325ull;
+  uint64_t word_ = 0;  // the last bytes, which are not eight yet
+  uint64_t length_ = 0;
+};
+
 // A stream of decisions that is the same wherever it is made from the same numbers.
 class Random {
  public:
@@ -68,9 +84,9 @@ uint64_t factor_of(const Payload& payload, int type, int rank, bool each);
 uint64_t product(int type, uint64_t a, uint64_t b);
 
 // The reduction over `ranks` ranks of elements [first, first + count): f32 accumulation in rank order, one rounding.
-// With `factors`, one for each rank, every element is multiplied before.
+// With `factors`, one for each rank, every element is multiplied before. Without `magnitudes` it is for exact comparison.
 Expectation reduce_reference(const Payload& payload, int type, int op, int ranks, size_t first, size_t count,
-                             const std::vector<uint64_t>& factors = {});
+                             const std::vector<uint64_t>& factors = {}, bool magnitudes = true);
 
 // Number of wrong elements; `note` describes the first. NaN equals any NaN.
 size_t compare(const Expectation& expected, const uint8_t* got, int type, int op, int ranks, size_t count, int exact,

@@ -218,6 +218,7 @@ class Driver {
   Options options_;
   std::vector<Lane> lanes_;
   Tally tally_;
+  std::chrono::steady_clock::time_point started_ = std::chrono::steady_clock::now();
   int in_group_ = 0;  // open groups of the script
   bool graphs_dropped_ = false;
   bool held_ = false;  // calls are issued, but not waited for
@@ -232,7 +233,7 @@ class Driver {
   int loops_ = 0;
   size_t free_seen_ = 0;
   long held_fds_ = 0, held_threads_ = 0, held_maps_ = 0, held_vm_kb_ = 0;
-  uint64_t digest_ = 0;  // of the results of the running statement's AllReduce calls, end to end; 0: none
+  Digest digest_;  // of the results of the running statement's AllReduce calls
 
   // State of the running statement.
   std::string notes_;
