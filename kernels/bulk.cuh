@@ -1,6 +1,6 @@
-// Bulk AllReduce, for payloads that are bandwidth alone: plain data through the ring of ring.cuh, and one launch for any
-// payload. Nothing is re-armed, a wait asks for a flag and not for the data, and the memory in use stays within the
-// second-level cache. What a flag costs, a fence, is too much below some MiB: docs/performance.md.
+// Bulk AllReduce, for payloads that are bandwidth alone: plain data through the ring of ring.cuh, whatever the size.
+// Nothing is re-armed, a wait asks for a flag and not for the data, and the memory in use stays within the second-level
+// cache. What a flag costs, a fence, is too much below some MiB: docs/performance.md.
 //
 // Two ranks: one-shot, every rank folds everything; the links carry no more than in two-shot, and there is one phase less.
 // More: two-shot, like twoshot.cuh.
@@ -61,14 +61,14 @@ struct Whole<T, TWOSHOT_HALF_BYTES> {
 
 // ---- the roles that move payload ----------------------------------------------------------------------------------
 
-// Lines of a lane, as a power of two: about six loads in each phase, fewer where a line is many values.
-template <typename T, int N, bool ALIGNED>
-constexpr uint32_t kBatchLog2 = !ALIGNED || T::kMostTogether == 1 ? 0 : N == 2 && T::kMostTogether == 8 ? 2 : N > 0 ? 1 : 0;
+// Lines of a lane, as a power of two: several loads in each phase, of peers or of lines.
+template <int N, bool ALIGNED>
+constexpr uint32_t kBatchLog2 = ALIGNED && N == 2 ? 2 : 0;
 
 template <typename T, int N, bool ALIGNED>
-struct Bulk : Ring<Team<N, ALIGNED, T::kMostTogether>, N == 2, 5 + kBatchLog2<T, N, ALIGNED>> {
+struct Bulk : Ring<Team<N, ALIGNED, T::kMostTogether>, N == 2, 5 + kBatchLog2<N, ALIGNED>> {
   using Ranks = Team<N, ALIGNED, T::kMostTogether>;
-  using Base = Ring<Ranks, N == 2, 5 + kBatchLog2<T, N, ALIGNED>>;
+  using Base = Ring<Ranks, N == 2, 5 + kBatchLog2<N, ALIGNED>>;
   using Base::args;
   using Base::await;
   using Base::first_of;
@@ -81,7 +81,7 @@ struct Bulk : Ring<Team<N, ALIGNED, T::kMostTogether>, N == 2, 5 + kBatchLog2<T,
   static constexpr bool kOne = N == 2;
   static constexpr uint32_t kChunk = Ranks::kChunk;
   static constexpr uint32_t kPeers = Ranks::kPeers;
-  static constexpr uint32_t kBatch = 1u << kBatchLog2<T, N, ALIGNED>;
+  static constexpr uint32_t kBatch = 1u << kBatchLog2<N, ALIGNED>;
 
   const Payload<T, ALIGNED> payload;
 
@@ -170,6 +170,14 @@ TWOSHOT_UNROLL
     this->template mark<Base::kScatterers>(kScattered, w, t);
   }
 
+  // A line of rank r's, which is `own` if that is this rank.
+  TWOSHOT_DEVICE Line load_staged(const Line& own, uint32_t k, uint32_t r, uint32_t index) const {
+    Line line = own;
+    const bool wanted = (Ranks::kWhole || r < team.size()) && r != team.rank && index < lines_of(team.rank);
+    ld_relaxed_sys_v4_if(line, staged(team.rank, TWOSHOT_PHASE_SCATTER, r, k, index), wanted);
+    return line;
+  }
+
   // Folds line i of the own part; two-shot: and publishes the result.
   TWOSHOT_DEVICE void reduce(uint32_t w) const {
     const uint32_t own_lines = lines_of(team.rank), begin = first_of(team.rank);
@@ -184,29 +192,34 @@ TWOSHOT_UNROLL
       }
       await(TWOSHOT_PHASE_SCATTER, k);
       if (kOne && args.in == args.out) this->template await_own<Base::kScatterers>(kScattered, k);
-      typename T::Fold sum[kBatch];
-      if constexpr (!Ranks::kWhole) sum[0].clear();
-TWOSHOT_UNROLL_BY(Ranks::kUnroll)
-      for (uint32_t base = 0; base < team.size(); base += kChunk) {
-        Line line[kBatch * kChunk];
+      if constexpr (Ranks::kWhole) {
+        // All loads first; then a line at a time, whose values may take many registers.
+        Line line[kBatch * N];
 TWOSHOT_UNROLL
-        for (uint32_t j = 0; j < kBatch * kChunk; j++) {
-          const uint32_t r = base + j % kChunk, index = i + 32 * (j / kChunk);
-          line[j] = own[j / kChunk];
-          ld_relaxed_sys_v4_if(line[j], staged(team.rank, TWOSHOT_PHASE_SCATTER, r, k, index),
-                               (Ranks::kWhole || r < team.size()) && r != team.rank && index < own_lines);
+        for (uint32_t j = 0; j < kBatch * N; j++) line[j] = load_staged(own[j / N], k, j % N, i + 32 * (j / N));
+TWOSHOT_UNROLL
+        for (uint32_t u = 0; u < kBatch; u++) {
+          typename T::Fold sum;
+          sum.start(line[u * N], args);
+TWOSHOT_UNROLL
+          for (uint32_t r = 1; r < N; r++) sum.add(line[u * N + r], args, r);
+          own[u] = sum.round(args);
         }
+      } else {
+        typename T::Fold sum;
+        sum.clear();
+TWOSHOT_UNROLL_BY(1)
+        for (uint32_t base = 0; base < team.size(); base += kChunk) {
+          Line line[kChunk];
 TWOSHOT_UNROLL
-        for (uint32_t j = 0; j < kBatch * kChunk; j++) {
-          if (Ranks::kWhole && j % kChunk == 0) {
-            sum[j / kChunk].start(line[j], args);
-          } else if (base + j % kChunk < team.size()) {
-            sum[j / kChunk].add(line[j], args, base + j % kChunk);
+          for (uint32_t j = 0; j < kChunk; j++) line[j] = load_staged(own[0], k, base + j, i);
+TWOSHOT_UNROLL
+          for (uint32_t j = 0; j < kChunk; j++) {
+            if (base + j < team.size()) sum.add(line[j], args, base + j);
           }
         }
+        own[0] = sum.round(args);
       }
-TWOSHOT_UNROLL
-      for (uint32_t u = 0; u < kBatch; u++) own[u] = sum[u].round(args);
 TWOSHOT_UNROLL_BY(Ranks::kUnroll)
       for (uint32_t d = 1; d < team.size() && !kOne; d++) {
 TWOSHOT_UNROLL

@@ -36,24 +36,21 @@
   X(switch, f16, n, 0, mc, true) \
   X(switch, bf16, n, 0, mc, true)
 // Every rank stores to every other: no multicast. Two ranks have a form of their own, in every type.
-#define TWOSHOT_BULK_FOLD(X, type)   \
-  X(bulk, type, 2, 2, uc, false)     \
+#define TWOSHOT_BULK_RANKS(X, type)   \
+  X(bulk, type, 2, 2, uc, false)      \
   X(bulk, type, n, 0, uc, false)
-#define TWOSHOT_BULK_SUM(X, type)    \
-  TWOSHOT_BULK_FOLD(X, type)         \
-  X(bulk, type, 4, 4, uc, false)
-#define TWOSHOT_BULK(X)        \
-  TWOSHOT_BULK_SUM(X, f32)     \
-  TWOSHOT_BULK_SUM(X, f16)     \
-  TWOSHOT_BULK_SUM(X, bf16)    \
-  TWOSHOT_BULK_FOLD(X, f32op)  \
-  TWOSHOT_BULK_FOLD(X, f16op)  \
-  TWOSHOT_BULK_FOLD(X, bf16op) \
-  TWOSHOT_BULK_FOLD(X, i8)     \
-  TWOSHOT_BULK_FOLD(X, i32)    \
-  TWOSHOT_BULK_FOLD(X, i64)    \
-  TWOSHOT_BULK_FOLD(X, f64)    \
-  TWOSHOT_BULK_FOLD(X, fp8)
+#define TWOSHOT_BULK(X)         \
+  TWOSHOT_BULK_RANKS(X, f32)    \
+  TWOSHOT_BULK_RANKS(X, f16)    \
+  TWOSHOT_BULK_RANKS(X, bf16)   \
+  TWOSHOT_BULK_RANKS(X, f32op)  \
+  TWOSHOT_BULK_RANKS(X, f16op)  \
+  TWOSHOT_BULK_RANKS(X, bf16op) \
+  TWOSHOT_BULK_RANKS(X, i8)     \
+  TWOSHOT_BULK_RANKS(X, i32)    \
+  TWOSHOT_BULK_RANKS(X, i64)    \
+  TWOSHOT_BULK_RANKS(X, f64)    \
+  TWOSHOT_BULK_RANKS(X, fp8)
 #define TWOSHOT_KERNELS(X)  \
   TWOSHOT_TYPES(X, oneshot) \
   TWOSHOT_TYPES(X, twoshot) \

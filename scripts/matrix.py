@@ -25,8 +25,11 @@ OPERATIONS = ["sum", "prod", "max", "min", "avg"]
 # Where the buffers lie; the last is another on every rank.
 PLACEMENTS = ["inplace=0", "inplace=1", "offset=1 out_offset=3", "mixed"]
 MODES = ["eager", "grouped", "captured"]
-# A payload above this is reduced by several launches.
+# A payload above this is reduced by several launches, unless it goes through the ring, whose chunks are these.
 PIECE = 4 << 20
+CHUNK = 8 << 10
+# What goes through the ring has no largest payload that a reference could keep up with.
+ENOUGH = (12 << 20) + 8
 # Statements between two looks at the clock.
 BATCH = 6
 REPLAYS = 2
@@ -35,11 +38,15 @@ REPLAYS = 2
 class Limits:
     """Payloads in bytes, as the library itself gives them for the communicator."""
 
-    def __init__(self, ranks, oneshot, most):
-        self.ranks, self.oneshot, self.most = ranks, oneshot, most
+    def __init__(self, ranks, oneshot, twoshot, bulk):
+        self.ranks, self.oneshot, self.twoshot, self.bulk = ranks, oneshot, twoshot, bulk
+        self.most = max(twoshot, bulk)
 
     def largest(self, size, carried):
-        """The most elements that are routed. Lines of the other kinds carry eight bytes of payload in sixteen."""
+        """The most elements that are routed. Lines of the other kinds carry eight bytes of payload in sixteen, but not in
+        the ring."""
+        if self.bulk:
+            return self.bulk // size
         return (self.most // 16 * 8 if carried == 2 else self.most) // size
 
     def counts(self, size, carried, rng):
@@ -48,9 +55,14 @@ class Limits:
         shards, bytes_ = self.ranks * 128, size * carried
         edges = [16, 128, 256, self.oneshot, shards, 2 * shards]
         counts = {edge // bytes_ + by for edge in edges for by in (-1, 0, 1)} | {1, 2, 3}
+        if self.bulk:
+            # Its first payload, and the edges of a chunk and of one on every rank.
+            counts |= {edge // size + by for edge in (CHUNK, self.ranks * CHUNK) for by in (-1, 0, 1)}
+            counts |= {self.twoshot // bytes_ + by for by in (0, 1)}
+            counts = {count for count in counts if count <= self.bulk // size}
         most = self.largest(size, carried)
         counts |= {most, most + 1}
-        if self.most > PIECE:
+        if self.most > PIECE and not self.bulk:
             counts.add(PIECE // bytes_ + 1)
         elif most > 2:
             counts.add(most - 1)
@@ -141,17 +153,17 @@ def program(found, seconds):
     return "\n".join(lines + ["sleep ms=150", "destroy", "release"])
 
 
-DESCRIBED = re.compile(r"state (\d+), multicast (\d+), one-shot (\d+), two-shot (\d+)")
+DESCRIBED = re.compile(r"state (\d+), multicast (\d+), one-shot (\d+), two-shot (\d+), bulk (\d+)")
 
 
 def described(ranks):
-    """State, multicast, and the limits of one-shot and two-shot."""
+    """Multicast, and the limits of one-shot, of two-shot and of what goes through the ring."""
     said = {line["note"] for one in ranks for line in one.said("describe")}
     found = DESCRIBED.match(said.pop()) if len(said) == 1 else None
     soak.expect(found, f"the ranks do not describe one communicator: {said}", ranks)
-    state, multicast, oneshot, most = map(int, found.groups())
+    state, multicast, *limits = map(int, found.groups())
     soak.expect(state == 1, "twoshot is OFF", ranks)
-    return multicast, oneshot, most
+    return multicast, *limits
 
 
 def judge(found, ranks, lanes):
@@ -211,6 +223,7 @@ def main():
     parser.add_argument("--how", default="processes,thread", help="which of them, in turn [processes,thread]")
     parser.add_argument("--oneshot", type=int, metavar="BYTES", help="another limit of one-shot than the library's own")
     parser.add_argument("--most", type=int, metavar="BYTES", help="another largest payload")
+    parser.add_argument("--algo", help="TWOSHOT_ALGO, such as bulk")
     parser.add_argument("--multicast", type=int, default=0, choices=[0, 1], help="[0]")
     options = parser.parse_args()
     start = time.monotonic()
@@ -221,16 +234,20 @@ def main():
     environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
     if options.oneshot:
         environment["TWOSHOT_ONESHOT_MAX_BYTES"] = str(options.oneshot)
+    if options.algo:
+        environment["TWOSHOT_ALGO"] = options.algo
     if options.most:
         environment["TWOSHOT_MAX_BYTES"] = str(options.most)
     good, ways = True, options.how.split(",")
     try:
         _, ranks = soak.run(place, "allreduce count=1\ndescribe\ndestroy\nrelease", environment)
-        options.limits = described(ranks)[1:]
+        oneshot, twoshot, bulk = described(ranks)[1:]
+        options.limits = oneshot, twoshot, min(bulk, options.most or ENOUGH)
+        most = max(options.limits[1:])
         # The limit said aloud is that of pre-multiplied sums too.
-        environment["TWOSHOT_MAX_BYTES"] = str(options.limits[1])
+        environment["TWOSHOT_MAX_BYTES"] = str(most)
         print(f"matrix: {place.ranks} ranks on {'simulated GPUs' if place.simulated else f'{place.gpus} GPU(s)'}, seed "
-              f"{options.seed}, one-shot to {options.limits[0]} B, routed to {options.limits[1]} B, {place.library}", flush=True)
+              f"{options.seed}, one-shot to {oneshot} B, two-shot to {twoshot} B, routed to {most} B, {place.library}", flush=True)
         for at, way in enumerate(ways):
             left = options.limit - (time.monotonic() - start)
             # What starting and ending takes, then the greater part for the first.

@@ -42,6 +42,10 @@ pub const NEVER: u64 = u64::MAX;
 /// Up to this payload latency counts, and a launch is over before others miss its multiprocessors.
 pub const SMALL: u64 = 1 << 20;
 
+/// Most of a payload that one launch moves through the ring. One launch could move any, but at 128 MiB and more one was
+/// measured to be half as fast as two of half the size: docs/performance.md.
+const BULK_PIECE: u64 = 64 << 20;
+
 /// Launches begin at multiples of so many carried bytes, so that all of them see the buffers' alignment.
 const PIECE_ALIGN: u64 = 128;
 
@@ -159,10 +163,10 @@ pub fn decide(call: &Call, agreed: &Agreement) -> Route {
     Route::Routed(Plan { algorithm, class, dtype: call.dtype, op: call.op, blocks, threads, piece, factor: None })
 }
 
-/// Through the ring, where every line is all payload and one launch takes any number of them.
+/// Through the ring, where every line is all payload.
 fn bulk(call: &Call, class: Class, payload: u64, agreed: &Agreement) -> Route {
     let layout = &agreed.layout;
-    let (Some(ring), Some(shape)) = (layout.ring(), layout.fit(Algorithm::Bulk, payload)) else {
+    let (Some(ring), Some(shape)) = (layout.ring(), layout.fit(Algorithm::Bulk, payload.min(BULK_PIECE))) else {
         return Route::Stock(Reason::Size);
     };
     let blocks = u32::try_from(shape.work).unwrap_or(u32::MAX).clamp(1, ring.channels);
@@ -173,7 +177,7 @@ fn bulk(call: &Call, class: Class, payload: u64, agreed: &Agreement) -> Route {
         op: call.op,
         blocks,
         threads: MAX_THREADS,
-        piece: call.count,
+        piece: (BULK_PIECE / (payload / call.count)).min(call.count),
         factor: None,
     })
 }
@@ -184,10 +188,12 @@ pub fn decide_scaled(call: &Call, factor: Factor, agreed: &Agreement) -> Route {
     if agreed.scaled_bytes == 0 {
         return Route::Stock(Reason::Operation);
     }
+    let carried = |plan: Plan| match plan.algorithm {
+        Algorithm::Bulk => Some(call.bytes()),
+        _ => plan.class.packing().carried(call.bytes()),
+    };
     match decide(&Call { op: ReduceOp::SUM, ..*call }, agreed) {
-        Route::Routed(plan)
-            if plan.class.packing().carried(call.bytes()).is_none_or(|bytes| bytes > agreed.scaled_bytes) =>
-        {
+        Route::Routed(plan) if carried(plan).is_none_or(|bytes| bytes > agreed.scaled_bytes) => {
             Route::Stock(Reason::Size)
         }
         Route::Routed(plan) => Route::Routed(Plan { factor: Some(factor), ..plan }),
@@ -327,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn what_two_shot_leaves_goes_through_the_ring_in_one_launch_whatever_its_type() {
+    fn what_two_shot_leaves_goes_through_the_ring_whatever_its_type_in_launches_of_64_mib() {
         let layout = agreed().layout.with_ring(24).unwrap();
         let with = Agreement { layout, bulk_bytes: 64 << 20, ..agreed() };
         let pick = |dtype, count, agreed: &Agreement| match decide(&Call { count, dtype, ..sum(0) }, agreed) {
@@ -344,6 +350,9 @@ mod tests {
         assert_eq!(pick(i8, 2 << 20, &with).unwrap().0, Algorithm::TwoShot);
         assert_eq!(pick(i8, (2 << 20) + 1, &with).unwrap().0, Algorithm::Bulk);
         assert_eq!(pick(i8, 64 << 20, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, 64 << 20)));
+        let large = Agreement { bulk_bytes: 1 << 30, ..with };
+        assert_eq!(pick(bf16, 512 << 20, &large), Ok((Algorithm::Bulk, 24, MAX_THREADS, 32 << 20)));
+        assert_eq!(pick(i8, (64 << 20) + 1, &large).unwrap().3, 64 << 20);
         // Alone it takes small ones too, with a block for each chunk of 8 KiB.
         let alone = Agreement { oneshot_bytes: 0, twoshot_bytes: 0, ..with };
         assert_eq!(pick(bf16, 1, &alone), Ok((Algorithm::Bulk, 1, MAX_THREADS, 1)));

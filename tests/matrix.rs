@@ -18,12 +18,14 @@ const OPERATIONS: [&str; 5] = ["sum", "prod", "max", "min", "avg"];
 
 /// Runs `scripts/matrix.py` with small limits, so that every edge is near. The seed differs from world to world, and stays.
 fn matrix(ranks: u64, seed: u32, options: &[&str]) {
+    // Through the ring a payload should go through several channels, the last chunk of one of them not a whole one.
+    let most = |limits: Limits| if options.contains(&"bulk") { 50_000 } else { limits.most };
     let full = std::env::var_os("TWOSHOT_MATRIX").is_some_and(|value| value == "full");
     let limits = Limits::of(ranks);
     let mut command = Command::new("python3");
     command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/matrix.py")).args(options);
     command.arg("--library").arg(twoshot_library()).arg("--worker").arg(worker()).arg("--libs").arg(lib_dir());
-    for (name, value) in [("--oneshot", limits.oneshot), ("--most", limits.most), ("--seed", seed.into())] {
+    for (name, value) in [("--oneshot", limits.oneshot), ("--most", most(limits)), ("--seed", seed.into())] {
         command.arg(name).arg(value.to_string());
     }
     let output = command.args(["--limit", "1000", "--share", if full { "1" } else { "2" }]).output().expect("python3");
@@ -52,6 +54,12 @@ fn on_two_hosts_every_cell_equals_the_reference() {
 }
 
 #[test]
+fn through_the_ring_every_cell_equals_the_reference() {
+    matrix(2, 4, &["--sim", "2", "--how", "processes", "--algo", "bulk"]);
+    matrix(3, 5, &["--sim", "3x1", "--how", "processes", "--algo", "bulk"]);
+}
+
+#[test]
 fn one_thread_with_all_gpus_gets_every_cell_right() {
     matrix(2, 3, &["--sim", "2", "--how", "thread"]);
 }
@@ -67,7 +75,7 @@ fn every_pair_of_bytes_gives_the_reference_in_every_operation() {
     program.push_str("destroy");
     for gpus in [&[2][..], &[3]] {
         let mut first = None;
-        for algo in [Algo::OneShot, Algo::TwoShot] {
+        for algo in [Algo::OneShot, Algo::TwoShot, Algo::Bulk] {
             let limits = Limits { ranks: 0, oneshot: 0, most: 131_072 };
             let report = algo.on(Job::new(hosts(gpus), &program), limits).run();
             report.expect_success();

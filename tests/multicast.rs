@@ -58,7 +58,7 @@ fn where_all_ranks_have_multicast_one_object_joins_them_and_is_given_back() {
 /// All kernels are looked up when NCCL opens the plugin: 30 for unicast, then those for multicast, for each of four worlds.
 #[test]
 fn a_multicast_kernel_that_did_not_load_early_keeps_nobody_from_being_routed() {
-    let rules = "rank=1,call=cuModuleGetFunction,nth=31,code=2;rank=1,call=cuModuleGetFunction,nth=62,code=2";
+    let rules = "rank=1,call=cuModuleGetFunction,nth=42,code=2;rank=1,call=cuModuleGetFunction,nth=84,code=2";
     for topology in both() {
         let report = job(topology, CALLS).env("TWOSHOT_SIM_FAULTS", rules).run();
         report.expect_success();

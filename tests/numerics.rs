@@ -23,12 +23,17 @@ fn run(gpus: &[u32], program: &str, most: u64, algo: Algo, multicast: bool) -> R
     report
 }
 
-/// The same bits from one- and two-shot, over multicast and unicast, with `routed` calls each.
+/// The same bits from one-shot, two-shot and through the ring, over multicast and unicast, with `routed` calls each.
 fn all_agree(gpus: &[u32], program: &str, most: u64, routed: u64) {
     let mut first = None;
-    for (algo, multicast) in
-        [(Algo::OneShot, true), (Algo::OneShot, false), (Algo::TwoShot, true), (Algo::TwoShot, false)]
-    {
+    let ways = [
+        (Algo::OneShot, true),
+        (Algo::TwoShot, true),
+        (Algo::OneShot, false),
+        (Algo::TwoShot, false),
+        (Algo::Bulk, false),
+    ];
+    for (algo, multicast) in ways {
         let report = run(gpus, program, most, algo, multicast);
         expect_routed(&report, routed);
         let found = digests(&report);
@@ -106,17 +111,26 @@ fn many_runs_of_one_payload_give_one_result() {
 
 #[test]
 fn blocks_that_run_in_any_order_with_torn_stores_give_the_same_bits() {
-    for gpus in [&[3][..], &[4, 4]] {
+    for gpus in [&[2][..], &[3], &[4, 4]] {
         let ranks = gpus.iter().map(|gpus| u64::from(*gpus)).sum();
         let (program, routed) = Limits::of(ranks).program();
         let mut first = None;
-        for (seed, multicast) in [("0", true), ("11", true), ("12", false), ("13", false)] {
+        let (auto, bulk) = (Algo::Auto, Algo::Bulk);
+        let ways = [
+            ("0", true, auto),
+            ("11", true, auto),
+            ("12", false, auto),
+            ("13", false, auto),
+            ("14", false, bulk),
+            ("15", false, bulk),
+        ];
+        for (seed, multicast, algo) in ways {
             let job = Job::new(hosts(gpus), &program)
                 .env("TWOSHOT_SIM_SHUFFLE", 1)
                 .env("TWOSHOT_SIM_SEED", seed)
                 .env("TWOSHOT_SIM_DELAY_US", 50)
                 .env("TWOSHOT_MULTICAST", u8::from(multicast));
-            let report = Algo::Auto.on(job, Limits::of(ranks)).run();
+            let report = algo.on(job, Limits::of(ranks)).run();
             report.expect_success();
             expect_routed(&report, routed);
             let found = digests(&report);
@@ -126,15 +140,20 @@ fn blocks_that_run_in_any_order_with_torn_stores_give_the_same_bits() {
 }
 
 #[test]
-fn a_payload_that_takes_several_launches_gives_the_bits_of_the_reference() {
+fn a_payload_of_several_launches_or_of_one_through_the_ring_gives_the_bits_of_the_reference() {
     // 4 MiB a launch: two and a part, four to the byte, one element more than one; in place and captured too.
     let program = "allreduce count=2200001 dtype=f32; allreduce count=8388608 dtype=bf16; \
         allreduce count=2097153 dtype=f16 inplace=1; capture counts=2200001 dtype=bf16; replay n=2; drop_graphs; \
         sleep ms=60; destroy";
-    let job = Job::new(hosts(&[2]), program).env("TWOSHOT_MAX_BYTES", "16M").timeout(Duration::from_secs(200));
-    let report = job.run();
-    report.expect_success().expect_nothing_live();
-    for rank in 0..2 {
-        assert_eq!(report.counters(rank).1, 0, "{}", report.outcomes[rank]);
+    let mut first = None;
+    for algo in ["twoshot", "auto"] {
+        let job = Job::new(hosts(&[2]), program).env("TWOSHOT_MAX_BYTES", "16M").env("TWOSHOT_ALGO", algo);
+        let report = job.timeout(Duration::from_secs(200)).run();
+        report.expect_success().expect_nothing_live();
+        for rank in 0..2 {
+            assert_eq!(report.counters(rank).1, 0, "{}", report.outcomes[rank]);
+        }
+        let found = digests(&report);
+        assert_eq!(*first.get_or_insert_with(|| found.clone()), found, "{algo}");
     }
 }

@@ -159,6 +159,18 @@ fn a_communicator_that_is_on_says_so_once_with_its_sizes_and_memory() {
 }
 
 #[test]
+fn a_communicator_with_a_ring_says_how_far_it_goes() {
+    let job = job(Topology::one_host(2)).env("TWOSHOT_MAX_BYTES", "8M").env("TWOSHOT_MULTICAST", 0);
+    let report = job.run();
+    report.expect_success().expect_nothing_live();
+    for rank in 0..2 {
+        let said = verdicts(&report, rank);
+        let expected = "one-shot to 524288 B, two-shot to 4194304 B, bulk to 8388608 B, blocks 1, memory ";
+        assert!(said.len() == 1 && said[0].contains(expected), "{said:?} does not say {expected}");
+    }
+}
+
+#[test]
 fn the_counters_of_a_communicator_name_every_call_by_its_route() {
     let program = "allreduce count=100 reps=3; allreduce count=10000 reps=2; allreduce count=100000; \
                    allreduce count=10 dtype=i32 op=premulsum maker=stock; allreduce count=10 op=premulsum maker=stock; destroy; release";

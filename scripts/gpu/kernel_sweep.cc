@@ -133,7 +133,7 @@ struct Grid {
 // Channels, a ring and chunks of every size whose slots fit the ring's memory.
 std::vector<Grid> rings(const Options& options) {
   std::vector<Grid> all;
-  for (const unsigned channels : {8u, 16u, 20u, 24u, 32u, 48u, 64u, 128u}) {
+  for (const unsigned channels : {16u, 20u, 24u, 32u, 48u, 64u, 128u}) {
     for (unsigned ring = 3; ring <= 5 && channels <= options.blocks; ring++) {
       for (unsigned chunk = 8; chunk <= 10; chunk++) {
         const size_t bytes = size_t{2} * channels << (ring + chunk + 4);
@@ -254,7 +254,7 @@ double time_one(const Options& options, World& world, size_t image, const std::s
 
 // The best ring for each number of channels, of every image.
 void sweep_rings(const Options& options, World& world, size_t bytes) {
-  const bool special = world.ranks == 2 || world.ranks == 4;
+  const bool special = world.ranks == 2;
   const std::string kernel = "twoshot_bulk_" + options.type + "_" + (special ? std::to_string(world.ranks) : "n") + "_uc";
   for (size_t image = 0; image < options.images.size(); image++) {
     std::printf("%6zu KiB %-8s", bytes >> 10, options.images[image].first.c_str());

@@ -139,7 +139,7 @@ impl Module {
             let own = match algorithm {
                 Algorithm::OneShot | Algorithm::TwoShot => [2, 4, 8].contains(&ranks) && class.specialised(),
                 Algorithm::Switch => false,
-                Algorithm::Bulk => ranks == 2 || (ranks == 4 && class.specialised()),
+                Algorithm::Bulk => ranks == 2,
             };
             if own { ranks.to_string() } else { "n".to_owned() }
         };

@@ -131,7 +131,7 @@ pub fn payloads(config: &Config, row: Row) -> (u64, u64, u64) {
     let twoshot = config.max_bytes.unwrap_or(row.twoshot_bytes);
     let oneshot = config.oneshot_max_bytes.unwrap_or(row.oneshot_bytes);
     match config.algorithm {
-        None if row.bulk_bytes > 0 => (oneshot.min(most), row.twoshot_bytes.min(most), most),
+        None if row.bulk_bytes > 0 && most > row.twoshot_bytes => (oneshot.min(most), row.twoshot_bytes, most),
         None => (oneshot.min(twoshot), twoshot, 0),
         Some(Algorithm::Bulk) => (0, 0, most),
         // One-shot alone still has to keep `ranks` copies of a payload: its memory, not two-shot's, is the limit.

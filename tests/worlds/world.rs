@@ -75,6 +75,8 @@ pub enum Algo {
     Auto,
     OneShot,
     TwoShot,
+    /// Through the ring: unicast, up to 16 ranks.
+    Bulk,
 }
 
 impl Algo {
@@ -84,6 +86,9 @@ impl Algo {
             Self::Auto => job.env("TWOSHOT_ONESHOT_MAX_BYTES", limits.oneshot).env("TWOSHOT_MAX_BYTES", limits.most),
             Self::OneShot => job.env("TWOSHOT_ALGO", "oneshot").env("TWOSHOT_ONESHOT_MAX_BYTES", limits.most),
             Self::TwoShot => job.env("TWOSHOT_ALGO", "twoshot").env("TWOSHOT_MAX_BYTES", limits.most),
+            Self::Bulk => {
+                job.env("TWOSHOT_ALGO", "bulk").env("TWOSHOT_MAX_BYTES", limits.most).env("TWOSHOT_MULTICAST", 0)
+            }
         }
     }
 }

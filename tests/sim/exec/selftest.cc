@@ -193,7 +193,7 @@ enum Shape { kOneShot, kTwoShot, kSwitch, kBulk };
 const char* const kShapeNames[] = {"oneshot", "twoshot", "switch", "bulk"};
 
 std::string kernel_name(Shape shape, Type type, unsigned ranks, bool generic, bool multicast) {
-  const bool special = !generic && shape != kSwitch && (ranks == 2 || ranks == 4 || (ranks == 8 && shape != kBulk));
+  const bool special = !generic && shape != kSwitch && (ranks == 2 || ((ranks == 4 || ranks == 8) && shape != kBulk));
   return std::string("twoshot_") + kShapeNames[shape] + "_" + kTypeNames[type] + "_" +
          (special ? std::to_string(ranks) : "n") + "_" + (multicast ? "mc" : "uc");
 }
@@ -421,7 +421,7 @@ struct Lone {
     TwoshotArgs args = group.args(1, in.data(), out.data(), 1024);
     args.timeout_ns = timeout_ns;
     args.multicast = kMulticast;
-    const char* kernel = in_switch ? "twoshot_switch_f32_n_mc" : in_bulk ? "twoshot_bulk_f32_4_uc" : "twoshot_twoshot_f32_4_uc";
+    const char* kernel = in_switch ? "twoshot_switch_f32_n_mc" : in_bulk ? "twoshot_bulk_f32_n_uc" : "twoshot_twoshot_f32_4_uc";
     const unsigned block = in_switch ? 128u : in_bulk ? TWOSHOT_BULK_THREADS : 64u;
     twoshot::sim::run(*find_kernel(kernel), {2, block, 0, 0, 0}, &args);
   }

@@ -149,14 +149,15 @@ bool paths(uint64_t* routed, uint64_t* stock) {
 std::string description(ncclComm_t comm) {
   struct {
     uint32_t size, state, ranks, hosts, arch, nccl, multicast, blocks;
-    uint64_t oneshot, twoshot;
+    uint64_t oneshot, twoshot, in_switch, bulk;
   } said = {};
   said.size = sizeof said;
   using Describe = int (*)(ncclComm_t, void*);
   auto ask = reinterpret_cast<Describe>(find_function("twoshot_describe"));
   if (!ask || ask(comm, &said) != 0) return "";
   return "state " + std::to_string(said.state) + ", multicast " + std::to_string(said.multicast) + ", one-shot " +
-         std::to_string(said.oneshot) + ", two-shot " + std::to_string(said.twoshot);
+         std::to_string(said.oneshot) + ", two-shot " + std::to_string(said.twoshot) + ", bulk " +
+         std::to_string(said.bulk);
 }
 
 std::string counters() {
