@@ -146,7 +146,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "NCCL_MIN_NCHANNELS",
         "(unset)",
-        "Read with `TWOSHOT_MODE=collnet`: where NCCL has as many channels, the tuner asks for up to 8 of them, with which it hands over an AllReduce in fewer requests. Must be the same on all ranks, as NCCL wants it anyway.",
+        "Read with `TWOSHOT_MODE=collnet`: where NCCL has as many channels, the tuner asks for up to 8 of them, with which it hands over an AllReduce in fewer requests. All ranks need the same, as NCCL wants it anyway.",
     ),
     variable(
         "NCCL_SOCKET_IFNAME",

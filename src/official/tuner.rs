@@ -169,7 +169,7 @@ mod tests {
         );
         assert_eq!(few.map(|bytes| requests(bytes, 8)), [1, 1, 1, 1, 2, 4, 8]);
         // What NCCL takes by itself: one channel for each 320 KiB.
-        assert_eq!([requests(256 << 10, 1), requests(1 << 20, 3), requests(64 << 20, 4)], [4, 6, 128]);
+        assert_eq!([requests(256 << 10, 1), requests(1 << 20, 3), requests(64 << 20, 4)], [4, 6, 64]);
     }
 
     proptest! {
