@@ -229,18 +229,19 @@ def measure(me, what, size):
         me.registered(send, receive)
     # Bound beforehand, so that little of a call's time is Python's.
     nccl, rest = me.nccl, (me.comm, me.stream)
-    at, to_, n = ctypes.c_void_p(send.data_ptr()), ctypes.c_void_p(receive.data_ptr()), ctypes.c_size_t(size)
+    at, into, n = ctypes.c_void_p(send.data_ptr()), ctypes.c_void_p(receive.data_ptr()), ctypes.c_size_t(size)
     integer = ctypes.c_int
 
     def bound(name, *arguments):
         function = getattr(nccl, name)
         return lambda: function(*arguments)
 
-    reduce = bound("ncclAllReduce", at, to_, ctypes.c_size_t(size // 2), integer(9), integer(0), *rest)
-    gather = bound("ncclAllGather", at, to_, n, integer(0), *rest)
-    start_, end_ = bound("ncclGroupStart"), bound("ncclGroupEnd")
-    send_, recv_ = bound("ncclSend", at, n, integer(0), integer(to), *rest), bound("ncclRecv", to_, n, integer(0), integer(source), *rest)
-    call = {"AllReduce": reduce, "SendRecv": lambda: start_() or send_() or recv_() or end_(), "AllGather": gather}[what]
+    reduce = bound("ncclAllReduce", at, into, ctypes.c_size_t(size // 2), integer(9), integer(0), *rest)
+    gather = bound("ncclAllGather", at, into, n, integer(0), *rest)
+    begin, end = bound("ncclGroupStart"), bound("ncclGroupEnd")
+    there = bound("ncclSend", at, n, integer(0), integer(to), *rest)
+    here = bound("ncclRecv", into, n, integer(0), integer(source), *rest)
+    call = {"AllReduce": reduce, "SendRecv": lambda: begin() or there() or here() or end(), "AllGather": gather}[what]
     me.ok(call())
     door = door_library() if os.environ.get("TWOSHOT_MODE") == "collnet" else None
     before = requests(door) if door else None

@@ -4,6 +4,7 @@
 
 use crate::driver::{Context, Place, Rows, Stream, copy, copy_rows};
 use crate::error::Result;
+use crate::info;
 
 /// What the driver takes for a distance.
 const FAR: u64 = 1 << 30;
@@ -51,9 +52,8 @@ impl Run {
     pub fn queue(run: Option<Self>, context: &Context, stream: &Stream, rows: &mut bool) -> Result<()> {
         let Some(run) = run else { return Ok(()) };
         if let (Some(together), true) = (run.together(), *rows) {
-            if copy_rows(context, &together, stream).is_ok() {
-                return Ok(());
-            }
+            let Err(error) = copy_rows(context, &together, stream) else { return Ok(()) };
+            info!(context.device().ordinal(), "network: messages of a connection go one by one ({error})");
             *rows = false;
         }
         run.each(|to, from, bytes| copy(context, Place::Device(to), from, bytes, stream))
