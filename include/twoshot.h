@@ -20,6 +20,11 @@ int twoshot_counters(uint64_t *routed, uint64_t *stock);
  * that have no straight way. Returns 0, or ncclInvalidArgument. */
 int twoshot_network_counters(uint64_t *five);
 
+/* Where the time of this process's requests of the official door's collective network went, into four numbers: how many
+ * there were, and nanoseconds of queueing them, of one or more being under way, and of none being under way between them.
+ * Returns 0, or ncclInvalidArgument. */
+int twoshot_collnet_times(uint64_t *four);
+
 /* What a communicator's ranks agreed on. */
 struct twoshot_communicator {
   uint32_t size;      /* set by the caller: sizeof(struct twoshot_communicator) */

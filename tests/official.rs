@@ -175,12 +175,15 @@ fn a_rank_that_is_late_to_connect_is_given_up_in_time() {
 fn a_killed_rank_becomes_an_error_of_nccls_and_an_abort_releases_everything() {
     let program = "init; allreduce count=1000 reps=4; barrier; kill_self on=1; expect_error; allreduce count=1000 on=0,2; \
                    abort on=0,2";
-    let report = job(Topology::fabric(3, 1), program).env("TWOSHOT_TIMEOUT_MS", 500).run();
-    assert_eq!(report.outcomes[1].end, End::Signal(9));
-    for rank in [0, 2] {
-        let outcome = &report.outcomes[rank];
-        assert!(outcome.succeeded() && ms(outcome, "abort") < 8000.0, "{outcome}");
-        expect_released(&report, rank);
+    for words in [0, 1] {
+        let job = job(Topology::fabric(3, 1), program).env("TWOSHOT_TIMEOUT_MS", 500);
+        let report = job.env("TWOSHOT_COLLNET_WORDS", words).run();
+        assert_eq!(report.outcomes[1].end, End::Signal(9));
+        for rank in [0, 2] {
+            let outcome = &report.outcomes[rank];
+            assert!(outcome.succeeded() && ms(outcome, "abort") < 8000.0, "{outcome}");
+            expect_released(&report, rank);
+        }
     }
 }
 
@@ -188,10 +191,17 @@ fn a_killed_rank_becomes_an_error_of_nccls_and_an_abort_releases_everything() {
 fn without_a_deadline_an_abort_closes_with_requests_in_flight_and_frees_the_kernels() {
     let program = "init; allreduce count=1000 reps=3; abort_in ms=300 on=0; expect_error; allreduce count=1000 on=0; \
                    forget on=0; barrier; abort on=1; init; allreduce count=10; destroy";
-    let report = job(Topology::fabric(2, 1), program).env("TWOSHOT_TIMEOUT_MS", 0).run();
+    for words in [0, 1] {
+        let job = job(Topology::fabric(2, 1), program).env("TWOSHOT_TIMEOUT_MS", 0);
+        expect_freed(&job.env("TWOSHOT_COLLNET_WORDS", words).run());
+    }
+}
+
+#[track_caller]
+fn expect_freed(report: &Report) {
     // What an abort leaves to a later moment is gone after the next communicator.
-    expect_released(&report, 0);
-    expect_released(&report, 1);
+    expect_released(report, 0);
+    expect_released(report, 1);
     assert!(report.outcomes[1].succeeded(), "{}", report.outcomes[1]);
     let closed = "closed with requests in flight";
     assert!(report.lines(0).iter().any(|line| line.contains(closed)), "{}", report.outcomes[0]);
@@ -218,6 +228,85 @@ fn the_tuner_of_every_version_prefers_collnet_where_nccl_holds_it_for_dearer() {
                 assert_eq!(found, mode == "collnet", "{release} {mode}: {outcome}");
             }
         }
+    }
+}
+
+#[test]
+fn the_tuner_asks_for_the_channels_that_make_the_fewest_requests_where_nccl_has_as_many() {
+    let program =
+        "allreduce count=1000; allreduce count=65536; allreduce count=131072; allreduce count=655360; destroy";
+    for (release, _) in [(22304, 3), (22403, 4), (22809, 5), (23007, 6)] {
+        for (given, asked) in [("8", ["1", "4", "8", "none"]), ("4", ["1", "4", "4", "none"]), ("", ["none"; 4])] {
+            let report = job(Topology::fabric(2, 1), program)
+                .env("SIM_NCCL_VERSION", release)
+                .env("SIM_NCCL_COLLNET_COST", 35)
+                .env("NCCL_MIN_NCHANNELS", given)
+                .run();
+            expect_collnet(&report, 4.0, &format!("{release} {given}"));
+            for outcome in &report.outcomes {
+                for (bytes, channels) in [4000, 262_144, 524_288, 2_621_440].into_iter().zip(asked) {
+                    let line = format!("TUNER/Plugin: {channels} channels for {bytes} bytes");
+                    let any = format!(" channels for {bytes} bytes");
+                    let expected = if channels == "none" {
+                        !outcome.stdout.contains(&any)
+                    } else {
+                        outcome.stdout.contains(&line)
+                    };
+                    assert!(expected, "{release} {given} {line}: {outcome}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn ranks_that_give_nccl_other_numbers_of_channels_go_without_collnet() {
+    let report = job(Topology::fabric(2, 1), "allreduce count=1000 reps=3; destroy")
+        .rank_env(0, "NCCL_MIN_NCHANNELS", "8")
+        .run();
+    report.expect_success().expect_nothing_live();
+    for outcome in &report.outcomes {
+        assert_eq!(field(summary(outcome), "nccl_collnet_runs"), 0.0, "{outcome}");
+        assert!(outcome.stdout.contains("NCCL_MIN_NCHANNELS is another number on some rank"), "{outcome}");
+    }
+}
+
+#[test]
+fn requests_are_told_done_by_words_in_host_memory_where_the_user_wants_that() {
+    const CALL: &str = "cuStreamWriteValue32_v2";
+    for words in [0, 1] {
+        for (slice, depth) in [(4 << 20, 1), (1 << 14, 8)] {
+            let report =
+                job(Topology::fabric(2, 2), "random calls=12 seed=5 dtypes=f32,f16,i8,f64 max=60000; barrier; destroy")
+                    .args(&["--exact", "0"])
+                    .env("SIM_NCCL_COLLNET_SLICE", slice)
+                    .env("SIM_NCCL_COLLNET_DEPTH", depth)
+                    .env("TWOSHOT_COLLNET_WORDS", words)
+                    .run();
+            expect_collnet(&report, 12.0, &format!("words={words}, slices of {slice}"));
+            for (rank, outcome) in report.outcomes.iter().enumerate() {
+                let stored = report.session.stats(outcome.pid).expect("stats").calls(CALL);
+                // A rank may have had no share of a very short call.
+                assert_eq!(stored >= 6, words == 1, "{stored} words: {outcome}");
+                let told =
+                    report.lines(rank).iter().any(|line| line.contains("; requests: ") && line.contains("us to queue"));
+                assert!(told, "{outcome}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_word_that_cannot_be_queued_is_an_error_of_the_call_and_nothing_is_left() {
+    let program = "init; allreduce count=1000 reps=3; barrier; expect_error on=0; allreduce count=1000; abort";
+    let report = job(Topology::fabric(2, 1), program)
+        .env("TWOSHOT_COLLNET_WORDS", 1)
+        .env("TWOSHOT_TIMEOUT_MS", 500)
+        .env("TWOSHOT_SIM_FAULTS", "rank=0,call=cuStreamWriteValue32_v2,nth=4,code=1")
+        .run();
+    for rank in 0..2 {
+        expect_released(&report, rank);
+        assert!(report.outcomes[rank].succeeded(), "{}", report.outcomes[rank]);
     }
 }
 

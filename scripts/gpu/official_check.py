@@ -20,8 +20,9 @@ TYPES = {
     "float8e5m2": (11, torch.float8_e5m2),
 }
 OPS = ["sum", "prod", "max", "min", "avg"]
-SIZES = [("AllReduce", 1 << 10), ("AllReduce", 64 << 10), ("AllReduce", 1 << 20), ("AllReduce", 64 << 20),
-         ("SendRecv", 16 << 20), ("AllGather", 16 << 20)]
+SIZES = [("AllReduce", 1 << 10), ("AllReduce", 64 << 10), ("AllReduce", 256 << 10), ("AllReduce", 1 << 20),
+         ("AllReduce", 4 << 20), ("AllReduce", 64 << 20), ("SendRecv", 1 << 20), ("SendRecv", 16 << 20),
+         ("AllGather", 16 << 20)]
 TARGETS = {("AllReduce", 1 << 10): 1.5, ("AllReduce", 64 << 10): 4, ("AllReduce", 1 << 20): 6,
            ("AllReduce", 64 << 20): 20, ("SendRecv", 16 << 20): 10, ("AllGather", 16 << 20): 10}
 
@@ -42,6 +43,7 @@ def library():
 class Rank:
     def __init__(self, options):
         self.rank, self.ranks, self.rounds = options.rank, options.ranks, 3 if options.quick else 4
+        self.register, self.handles = options.register, []
         self.device = torch.device("cuda", self.rank % torch.cuda.device_count())
         torch.cuda.set_device(self.device)
         torch.zeros(1, device=self.device)
@@ -72,6 +74,14 @@ class Rank:
         wrapped = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
         self.ok(getattr(self.nccl, name)(*wrapped, self.comm, self.stream))
 
+    def registered(self, *tensors):
+        for tensor in tensors:
+            handle = ctypes.c_void_p()
+            self.ok(self.nccl.ncclCommRegister(self.comm, ctypes.c_void_p(tensor.data_ptr()),
+                                               ctypes.c_size_t(tensor.numel() * tensor.element_size()),
+                                               ctypes.byref(handle)))
+            self.handles.append((handle, tensor))
+
     def all_reduce(self, send, receive, count, dtype, op):
         self.call("ncclAllReduce", send, receive, ctypes.c_size_t(count), dtype, op)
 
@@ -83,6 +93,8 @@ class Rank:
 
     def close(self):
         torch.cuda.synchronize()
+        for handle, _ in self.handles:
+            self.ok(self.nccl.ncclCommDeregister(self.comm, handle))
         self.ok(self.nccl.ncclCommDestroy(self.comm))
 
 
@@ -102,6 +114,13 @@ def sent(door):
     five = (ctypes.c_uint64 * 5)()
     ctypes.CDLL(door).twoshot_network_counters(five)
     return list(five)
+
+
+def requests(door):
+    """Requests of the collective network; nanoseconds of queueing them, of any under way, of none under way."""
+    four = (ctypes.c_uint64 * 4)()
+    ctypes.CDLL(door).twoshot_collnet_times(four)
+    return list(four)
 
 
 def values(seed, rank, ranks, count, op, signed):
@@ -137,6 +156,8 @@ def check_all_reduce(me):
                 want = as_bytes(expected(numbers, op), torch_type)
                 mine = as_bytes(numbers[me.rank], torch_type).to(me.device)
                 out = torch.full((want.numel() + 64,), 0xA5, dtype=torch.uint8, device=me.device)
+                if me.register and round_ == 3 and op == "sum":
+                    me.registered(mine, out)
                 me.all_reduce(mine, out, count, number, op_number)
                 torch.cuda.current_stream().synchronize()  # a pageable copy would hold the driver, see docs/official-door.md
                 got = out.cpu()
@@ -204,11 +225,26 @@ def measure(me, what, size):
     send = torch.zeros(size, dtype=torch.uint8, device=me.device)
     receive = torch.zeros(size * (me.ranks if what == "AllGather" else 1), dtype=torch.uint8, device=me.device)
     to, source = (me.rank + 1) % me.ranks, (me.rank - 1) % me.ranks
-    call = {
-        "AllReduce": lambda: me.all_reduce(send, receive, size // 2, 9, 0),
-        "SendRecv": lambda: me.send_recv(send, receive, size, to, source),
-        "AllGather": lambda: me.call("ncclAllGather", send, receive, ctypes.c_size_t(size), 0),
-    }[what]
+    if me.register:
+        me.registered(send, receive)
+    # Bound beforehand, so that little of a call's time is Python's.
+    nccl, rest = me.nccl, (me.comm, me.stream)
+    at, into, n = ctypes.c_void_p(send.data_ptr()), ctypes.c_void_p(receive.data_ptr()), ctypes.c_size_t(size)
+    integer = ctypes.c_int
+
+    def bound(name, *arguments):
+        function = getattr(nccl, name)
+        return lambda: function(*arguments)
+
+    reduce = bound("ncclAllReduce", at, into, ctypes.c_size_t(size // 2), integer(9), integer(0), *rest)
+    gather = bound("ncclAllGather", at, into, n, integer(0), *rest)
+    begin, end = bound("ncclGroupStart"), bound("ncclGroupEnd")
+    there = bound("ncclSend", at, n, integer(0), integer(to), *rest)
+    here = bound("ncclRecv", into, n, integer(0), integer(source), *rest)
+    call = {"AllReduce": reduce, "SendRecv": lambda: begin() or there() or here() or end(), "AllGather": gather}[what]
+    me.ok(call())
+    door = door_library() if os.environ.get("TWOSHOT_MODE") == "collnet" else None
+    before = requests(door) if door else None
     repeats = 200 if size <= 64 << 10 else 50 if size <= 1 << 20 else 10
     best = []
     for _ in range(3):
@@ -220,7 +256,30 @@ def measure(me, what, size):
             call()
         torch.cuda.synchronize()
         best.append((time.perf_counter() - start) / repeats * 1e6)
+    me.ok(call())
+    torch.cuda.synchronize()
+    if door and what == "AllReduce":
+        count, queueing, under_way, none = (now - then for now, then in zip(requests(door), before))
+        calls = 3 * (repeats + 3) + 1
+        print(f"rank {me.rank}: {what} of {size}: {sorted(best)[1]:.1f} us, {count / calls:.1f} requests; each call: "
+              f"{queueing / calls / 1e3:.1f} us queueing, {under_way / calls / 1e3:.1f} under way, {none / calls / 1e3:.1f} "
+              "with none under way", flush=True)
     return sorted(best)[1]
+
+
+def compare_ideas(paths):
+    """A column for each section, named after its folder."""
+    tables = []
+    for path in paths:
+        try:
+            with open(path) as file:
+                tables.append({tuple(key): us for key, us in json.load(file)})
+        except OSError:
+            tables.append({})
+    print("| call | bytes | " + " | ".join(os.path.basename(os.path.dirname(path)) for path in paths) + " |")
+    print("|---|---:|" + "---:|" * len(paths))
+    for key in SIZES:
+        print(f"| {key[0]} | {key[1]} | " + " | ".join(f"{t[key]:.1f}" if key in t else "-" for t in tables) + " |")
 
 
 def compare(paths):
@@ -238,7 +297,7 @@ def compare(paths):
         sockets, ours = every[:2]
         text = [f"{us:.1f}" if us else "-" for us in every]
         ratio = f"{sockets / ours:.1f}" if sockets and ours else "-"
-        print(f"| {key[0]} | {key[1]} | {text[0]} | {text[1]} | {ratio} | {TARGETS[key]} | " + " | ".join(text[2:]) + " |")
+        print(f"| {key[0]} | {key[1]} | {text[0]} | {text[1]} | {ratio} | {TARGETS.get(key, '-')} | " + " | ".join(text[2:]) + " |")
 
 
 def main():
@@ -249,10 +308,14 @@ def main():
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--times", action="store_true")
+    parser.add_argument("--register", action="store_true", help="ncclCommRegister for the buffers of AllReduce")
     parser.add_argument("--compare", nargs="+")
+    parser.add_argument("--ideas", nargs="+")
     options = parser.parse_args()
     if options.compare:
         return compare(options.compare)
+    if options.ideas:
+        return compare_ideas(options.ideas)
     faulthandler.dump_traceback_later(55)  # what a run that stops was waiting for
     me = Rank(options)
     wrong = 0

@@ -40,6 +40,22 @@ pub unsafe extern "C" fn twoshot_network_counters(out: *mut u64) -> c_int {
     code::SUCCESS
 }
 
+/// Writes where the time of this process's requests of the official door's collective network went: how many were done,
+/// and nanoseconds of queueing them, of one or more being under way, and of none being under way between them. Returns 0, or
+/// `ncclInvalidArgument` for a null pointer.
+///
+/// # Safety
+/// `out` is null or valid for four 64-bit integers.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn twoshot_collnet_times(out: *mut u64) -> c_int {
+    if out.is_null() {
+        return code::ARGUMENT;
+    }
+    // SAFETY: the caller's promise.
+    unsafe { out.cast::<[u64; 4]>().write_unaligned(crate::official::clock::totals()) };
+    code::SUCCESS
+}
+
 /// The version of this library, as text that lives as long as the program.
 #[unsafe(no_mangle)]
 pub extern "C" fn twoshot_version() -> *const c_char {

@@ -8,7 +8,7 @@ use std::sync::Once;
 use super::table::{Table, put};
 use super::{Code, code, collnet_mode, guard};
 use crate::config::Config;
-use crate::official::tuner::{Limits, advise};
+use crate::official::tuner::{Advice, Limits, advise};
 use crate::warning;
 use bindings::*;
 
@@ -39,7 +39,8 @@ unsafe fn limits(ranks: usize, nodes: usize, context: *mut *mut c_void) -> Code 
             static SAID: Once = Once::new();
             SAID.call_once(|| warning!(-1, "{why}: the tuner goes by its rule"));
         }
-        let limits = Limits::of(tuning.and_then(|tuning| tuning.as_ref().ok()), ranks, nodes);
+        let tuning = tuning.and_then(|tuning| tuning.as_ref().ok());
+        let limits = Limits::of(tuning, ranks, nodes, Config::get().channels);
         // SAFETY: the caller's promise. The box is taken back by `end`.
         unsafe { put(context, Box::into_raw(Box::new(limits)).cast()) };
         code::SUCCESS
@@ -82,7 +83,7 @@ unsafe extern "C" fn end(context: *mut c_void) -> Code {
 
 /// # Safety
 /// `context` is null or what `begin` handed out; `costs` is null or a table of `algorithms` by `protocols` numbers, which
-/// the type of the pointer does not say.
+/// the type of the pointer does not say; `channels` is null or NCCL's own variable.
 unsafe fn price(
     context: *mut c_void,
     function: ncclFunc_t,
@@ -90,6 +91,7 @@ unsafe fn price(
     costs: *mut *mut f32,
     algorithms: c_int,
     protocols: c_int,
+    channels: *mut c_int,
 ) -> Code {
     guard(|| {
         let (Ok(algorithms), Ok(protocols)) = (usize::try_from(algorithms), usize::try_from(protocols)) else {
@@ -98,10 +100,14 @@ unsafe fn price(
         if collnet_mode() && !costs.is_null() && algorithms <= 64 && protocols <= 64 {
             // SAFETY: the caller's promise.
             let limits = unsafe { context.cast::<Limits>().as_ref() }.copied();
-            let limits = limits.unwrap_or_else(|| Limits::of(None, 0, 0));
+            let limits = limits.unwrap_or_else(|| Limits::of(None, 0, 0, 0));
             // SAFETY: as above.
             let costs = unsafe { std::slice::from_raw_parts_mut(costs.cast::<f32>(), algorithms * protocols) };
-            let _ = advise(limits, function, bytes as u64, costs, protocols);
+            let advice = advise(limits, function, bytes as u64, costs, protocols);
+            if let Some(number) = limits.channels(bytes as u64).filter(|_| advice == Advice::CollNet) {
+                // SAFETY: as above.
+                unsafe { put(channels, number) };
+            }
         }
         code::SUCCESS
     })
@@ -117,10 +123,10 @@ unsafe extern "C" fn price_v3(
     costs: *mut *mut f32,
     algorithms: c_int,
     protocols: c_int,
-    _: *mut c_int,
+    channels: *mut c_int,
 ) -> Code {
     // SAFETY: as above.
-    unsafe { price(context, function, bytes, costs, algorithms, protocols) }
+    unsafe { price(context, function, bytes, costs, algorithms, protocols, channels) }
 }
 
 /// # Safety
@@ -134,10 +140,10 @@ unsafe extern "C" fn price_v4(
     algorithms: c_int,
     protocols: c_int,
     _: c_int,
-    _: *mut c_int,
+    channels: *mut c_int,
 ) -> Code {
     // SAFETY: as above.
-    unsafe { price(context, function, bytes, costs, algorithms, protocols) }
+    unsafe { price(context, function, bytes, costs, algorithms, protocols, channels) }
 }
 
 const NAME: *const std::ffi::c_char = c"twoshot".as_ptr();

@@ -237,6 +237,25 @@ impl Ready {
         self.launch_or_fail(plan, buffers).inspect_err(|_| self.page().refused(buffers.count))
     }
 
+    /// Queues one call of a communicator whose calls are all on one stream of our own, which nobody captures: there is no
+    /// order to keep, and nothing behind the call but what the caller puts there. [`Self::mark`] goes before the end.
+    pub fn launch_alone(&self, plan: Plan, buffers: Buffers) -> Result<()> {
+        let _range = nvtx::range(range_name(plan.algorithm));
+        let communicators = ready_on(&self.context).load(Ordering::Relaxed);
+        let share = blocks(self.capacity, communicators);
+        let within = self.programmatic && communicators <= 1;
+        let overlap = Overlap { first: self.programmatic, others: self.programmatic, within, behind: false };
+        let entered = self.context.enter();
+        let queued = entered.and_then(|_entered| self.queue(shared(plan, share), share, overlap, buffers));
+        queued.inspect_err(|_| self.page().refused(buffers.count))
+    }
+
+    /// What the end of the communicator waits for: the work queued on this stream so far.
+    pub fn mark(&self, stream: RawStream) -> Result<()> {
+        let _entered = self.context.enter()?;
+        self.last.record(stream)
+    }
+
     fn launch_or_fail(self: &Arc<Self>, plan: Plan, buffers: Buffers) -> Result<()> {
         let stream = buffers.stream;
         let _range = nvtx::range(range_name(plan.algorithm));

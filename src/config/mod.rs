@@ -66,6 +66,10 @@ pub struct Config {
     pub net: Option<PathBuf>,
     /// `TWOSHOT_NET_DIRECT`: our network copies straight into registered memory where it can.
     pub net_direct: bool,
+    /// `TWOSHOT_NET_ROWS`: messages that are equally far apart go in one copy.
+    pub net_rows: bool,
+    /// `TWOSHOT_COLLNET_WORDS`: requests of the collective network are told done by a word in host memory, not by events.
+    pub collnet_words: bool,
     /// `NCCL_SOCKET_IFNAME`: which interfaces connections between ranks may use.
     pub interfaces: Option<String>,
     /// `TWOSHOT_PDL`: the program's kernels keep the rules of programmatic dependent launch.
@@ -88,6 +92,8 @@ pub struct Config {
     pub mnnvl_uuid: Option<u64>,
     /// `NCCL_MNNVL_CLIQUE_ID`: replaces the clique that NVML reports.
     pub mnnvl_clique: Option<u32>,
+    /// `NCCL_MIN_NCHANNELS`: channels that every communicator of NCCL has; 0: not known.
+    pub channels: u32,
     /// A value that could not be understood: variable and reason.
     pub invalid: Option<String>,
 }
@@ -152,6 +158,8 @@ impl Config {
             sample: integer(var, "TWOSHOT_SAMPLE", 0, 1 << 30)?.map_or(0, |n| u32::try_from(n).unwrap_or(0)),
             net: network(var),
             net_direct: switch(var, "TWOSHOT_NET_DIRECT")?.unwrap_or(default.net_direct),
+            net_rows: switch(var, "TWOSHOT_NET_ROWS")?.unwrap_or(default.net_rows),
+            collnet_words: switch(var, "TWOSHOT_COLLNET_WORDS")?.unwrap_or(default.collnet_words),
             interfaces: string(var, "NCCL_SOCKET_IFNAME"),
             stats: text(var, "TWOSHOT_STATS").map(PathBuf::from),
             nvtx: text(var, "NVTX_INJECTION64_PATH").map(PathBuf::from),
@@ -161,6 +169,7 @@ impl Config {
             mnnvl: asked || nccl_switch(var, "NCCL_MNNVL_ENABLE").unwrap_or(true),
             mnnvl_uuid: nccl_number(var, "NCCL_MNNVL_UUID"),
             mnnvl_clique: nccl_number(var, "NCCL_MNNVL_CLIQUE_ID").map(|n| n as u32),
+            channels: channels(var, "NCCL_MIN_NCHANNELS"),
             invalid: None,
         })
     }
@@ -226,6 +235,8 @@ impl Default for Config {
             sample: 0,
             net: None,
             net_direct: true,
+            net_rows: false,
+            collnet_words: false,
             interfaces: None,
             stats: None,
             nvtx: None,
@@ -235,6 +246,7 @@ impl Default for Config {
             mnnvl: true,
             mnnvl_uuid: None,
             mnnvl_clique: None,
+            channels: 0,
             invalid: None,
         }
     }
@@ -278,6 +290,12 @@ fn nccl_number(var: &impl Fn(&str) -> Option<OsString>, name: &str) -> Option<u6
     };
     // NCCL's own "undefined" for most parameters is -2; -1 means "auto" where it is accepted.
     parsed.filter(|n| *n != u64::MAX && *n != u64::MAX - 1)
+}
+
+/// A number of channels that NCCL understands as we do: what begins with a zero is another number there, or none.
+fn channels(var: &impl Fn(&str) -> Option<OsString>, name: &str) -> u32 {
+    let plain = |value: &String| !value.starts_with('0') && value.bytes().all(|byte| byte.is_ascii_digit());
+    string(var, name).filter(plain).and_then(|value| value.parse().ok()).unwrap_or(0)
 }
 
 fn string(var: &impl Fn(&str) -> Option<OsString>, name: &str) -> Option<String> {

@@ -109,6 +109,9 @@ fn the_users_nccl_switches_are_obeyed() {
     assert!(!parse(&[("NCCL_MNNVL_ENABLE", "0")]).unwrap().mnnvl);
     assert_eq!(parse(&[("NCCL_MNNVL_CLIQUE_ID", "-1")]).unwrap().mnnvl_clique, None);
     assert_eq!(parse(&[("NCCL_MNNVL_UUID", "0xff")]).unwrap().mnnvl_uuid, Some(255));
+    for (value, channels) in [("8", 8), ("010", 0), ("0x8", 0), ("-2", 0), ("8 or so", 0), ("", 0), ("9999999999", 0)] {
+        assert_eq!(parse(&[("NCCL_MIN_NCHANNELS", value)]).unwrap().channels, channels, "{value}");
+    }
 }
 
 #[test]

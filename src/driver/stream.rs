@@ -99,6 +99,19 @@ impl Stream {
         self.raw
     }
 
+    pub(super) fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// Whether all work is done.
+    pub fn idle(&self) -> Result<bool> {
+        // SAFETY: a live stream.
+        match unsafe { (self.context.api().cuStreamQuery)(self.raw) } {
+            NOT_READY => Ok(false),
+            code => super::api::check("cuStreamQuery", code).map(|()| true),
+        }
+    }
+
     /// As a value for calls that take a caller's stream.
     pub fn as_raw(&self) -> RawStream {
         RawStream(self.raw as usize)

@@ -7,18 +7,19 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use super::address::{HANDLE, Handle};
 use super::bootstrap::{Listener, TcpExchange};
+use super::clock::{self, Clock};
 use super::nics;
 use crate::call::{Call, Class, DataType, ReduceOp};
 use crate::comm::{Buffers, Communicator, Ready, State, collect};
 use crate::config::Config;
-use crate::driver::{Context, Event, Place, Scratch, Stream, copy, device_address, fill};
+use crate::driver::{Context, Event, Milestones, Place, Scratch, Stream, copy, device_address, fill};
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
 use crate::route::{Agreement, Plan, Route, decide};
@@ -66,12 +67,22 @@ pub fn supports(dtype: i32, op: i32) -> bool {
     Call { count: 1, dtype: DataType(dtype), op: ReduceOp(op) }.class().is_some()
 }
 
+/// The stream of a communicator, and the points behind its operations where they are not told by events.
+struct Lane {
+    milestones: Option<Milestones>,
+    stream: Stream,
+    last: AtomicU32,
+}
+
 /// One operation under way.
 pub struct Request {
     busy: AtomicBool,
     bytes: AtomicU64,
     event: Event,
+    lane: Arc<Lane>,
+    milestone: AtomicU32,
     ready: Arc<Ready>,
+    clock: Arc<Clock>,
 }
 
 impl Request {
@@ -80,16 +91,34 @@ impl Request {
         if let Some(fault) = self.ready.fault() {
             return Err(Error::Kernel(fault.to_string()));
         }
-        if !self.event.done()? {
+        if !self.passed()? {
             return Ok(None);
         }
         let bytes = self.bytes.load(Ordering::Relaxed);
+        self.clock.done(Instant::now());
         self.busy.store(false, Ordering::Release);
         Ok(Some(bytes))
     }
 
+    /// Puts the point behind it. Operations of a communicator come from one thread.
+    fn mark(&self) -> Result<()> {
+        let Lane { milestones, stream, last } = &*self.lane;
+        let Some(milestones) = milestones else { return self.event.record(stream.as_raw()) };
+        let number = last.load(Ordering::Relaxed).wrapping_add(1);
+        milestones.put(number, stream)?;
+        last.store(number, Ordering::Relaxed);
+        self.milestone.store(number, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn passed(&self) -> Result<bool> {
+        let Lane { milestones, stream, .. } = &*self.lane;
+        let Some(milestones) = milestones else { return self.event.done() };
+        milestones.passed(self.milestone.load(Ordering::Relaxed), stream)
+    }
+
     fn in_flight(&self) -> bool {
-        self.busy.load(Ordering::Acquire) && !self.event.done().unwrap_or(false)
+        self.busy.load(Ordering::Acquire) && !self.passed().unwrap_or(false)
     }
 }
 
@@ -130,11 +159,12 @@ pub struct Coll {
     communicator: Communicator,
     ready: Arc<Ready>,
     requests: Vec<Arc<Request>>,
+    clock: Arc<Clock>,
     next: AtomicUsize,
     /// Limits without the user's lower one: NCCL has chosen already.
     agreement: Agreement,
     scratch: Scratch,
-    stream: Stream,
+    lane: Arc<Lane>,
     exchange: TcpExchange,
     context: Arc<Context>,
 }
@@ -181,15 +211,24 @@ impl Coll {
         if Class::ALL.into_iter().any(|class| class.packing().payload(largest(&agreement)) < 8) {
             return Err(Error::Protocol("TWOSHOT_MAX_BYTES leaves no room for a single element"));
         }
+        let milestones = if Config::get().collnet_words { Milestones::new(&context)? } else { None };
+        let lane = Arc::new(Lane { milestones, stream: Stream::first(&context)?, last: AtomicU32::new(0) });
+        let clock = Arc::new(Clock::new());
         let request = |_| {
-            let event = Event::new(&context)?;
-            let (busy, bytes) = (AtomicBool::new(false), AtomicU64::new(0));
-            Ok(Arc::new(Request { busy, bytes, event, ready: Arc::clone(&ready) }))
+            Ok(Arc::new(Request {
+                busy: AtomicBool::new(false),
+                bytes: AtomicU64::new(0),
+                event: Event::new(&context)?,
+                lane: Arc::clone(&lane),
+                milestone: AtomicU32::new(0),
+                ready: Arc::clone(&ready),
+                clock: Arc::clone(&clock),
+            }))
         };
         let requests = (0..REQUESTS).map(request).collect::<Result<_>>()?;
-        let (scratch, stream) = (Scratch::new(&context, SCRATCH)?, Stream::first(&context)?);
+        let scratch = Scratch::new(&context, SCRATCH)?;
         let next = AtomicUsize::new(0);
-        Ok(Self { communicator, ready, requests, next, agreement, scratch, stream, exchange, context })
+        Ok(Self { communicator, ready, requests, clock, next, agreement, scratch, lane, exchange, context })
     }
 
     fn take(&self) -> Option<&Arc<Request>> {
@@ -203,16 +242,18 @@ impl Coll {
         if let Some(fault) = self.communicator.fault(&self.ready) {
             return Err(Error::Kernel(fault.to_string()));
         }
+        let begun = Instant::now();
         let Some(request) = self.take() else { return Ok(None) };
         let queued = self.context.enter().and_then(|_entered| {
             queue()?;
-            request.event.record(self.stream.as_raw())
+            request.mark()
         });
         request.bytes.store(bytes, Ordering::Relaxed);
         if let Err(error) = queued {
             request.busy.store(false, Ordering::Release);
             return Err(error);
         }
+        self.clock.issued(begun, Instant::now());
         Ok(Some(request))
     }
 
@@ -231,7 +272,7 @@ impl Coll {
     }
 
     fn launch(&self, plan: Plan, input: u64, output: u64, count: u64) -> Result<()> {
-        self.ready.launch(plan, Buffers { input, output, count, stream: self.stream.as_raw() })
+        self.ready.launch_alone(plan, Buffers { input, output, count, stream: self.lane.stream.as_raw() })
     }
 
     /// Reduces `count` elements of all ranks; payloads that one launch does not take are cut into pieces.
@@ -271,10 +312,10 @@ impl Coll {
         let rank = u64::from(self.ready.rank());
         self.issue(window.bytes, || {
             pieces(parts, most.min(SCRATCH), |address, at, bytes| {
-                fill(&self.scratch, 0, bytes, 0, &self.stream)?;
+                fill(&self.scratch, 0, bytes, 0, &self.lane.stream)?;
                 if let Some((to, from, bytes)) = window.own(rank, at, bytes) {
                     let (to, from) = (Place::Device(self.scratch.address() + to), Place::Device(own + from));
-                    copy(&self.context, to, from, bytes, &self.stream)?;
+                    copy(&self.context, to, from, bytes, &self.lane.stream)?;
                 }
                 self.launch(self.plan(bytes, dtype, op)?, self.scratch.address(), address, bytes)
             })
@@ -303,7 +344,7 @@ impl Coll {
                 self.launch(self.plan(count, dtype, op)?, address, self.scratch.address(), count)?;
                 if let Some((from, to, bytes)) = window.own(rank, at, bytes) {
                     let (to, from) = (Place::Device(own + to), Place::Device(self.scratch.address() + from));
-                    copy(&self.context, to, from, bytes, &self.stream)?;
+                    copy(&self.context, to, from, bytes, &self.lane.stream)?;
                 }
                 Ok(())
             })
@@ -319,20 +360,35 @@ impl Coll {
     /// Ends the communicator. Requests in flight are given up: their kernels are told to leave first. Where other ranks
     /// have not ended, as after an abort, their kernels may still store into this rank's memory: it goes later then.
     pub fn close(self) {
-        let Self { communicator, ready, requests, scratch, stream, exchange, context, .. } = self;
+        let Self { communicator, ready, requests, clock, scratch, lane, exchange, context, .. } = self;
         collect();
         let device = context.device().ordinal();
+        let marked = ready.mark(lane.stream.as_raw());
         if requests.iter().any(|request| request.in_flight()) {
             warning!(device, "collnet: a communicator is closed with requests in flight");
             communicator.cancel();
         }
-        info!(device, "collnet communicator ends: {}", communicator.counters);
+        info!(
+            device,
+            "collnet communicator ends: {}; requests: {}",
+            communicator.counters,
+            clock::Text(clock.totals())
+        );
         drop(requests);
         drop(communicator);
         // Copies of gathered windows too. What does not end is reported by the release.
-        let _ = stream.wait(PATIENCE);
-        ready.release(PATIENCE, !exchange.part(PARTING));
-        drop((scratch, stream));
+        let idle = matches!(lane.stream.wait(PATIENCE), Ok(true));
+        match marked {
+            Err(error) if !idle => {
+                warning!(device, "{error} while a collnet communicator ends: its memory is kept");
+                std::mem::forget(ready);
+            }
+            _ => ready.release(PATIENCE, !exchange.part(PARTING)),
+        }
+        if !idle {
+            // What is still to come works on them.
+            std::mem::forget((scratch, lane));
+        }
         if let Some(path) = &Config::get().stats {
             record::write(path);
         }
@@ -353,7 +409,7 @@ fn pieces(parts: &[Part], most: u64, mut visit: impl FnMut(u64, u64, u64) -> Res
     Ok(())
 }
 
-/// Whether all ranks' tuners prefer CollNet for the same sizes: else NCCL's ranks would choose differently and wait for
+/// Whether all ranks' tuners prefer CollNet for the same sizes and ask for as many channels: else NCCL's ranks would choose differently and wait for
 /// each other.
 fn alike(exchange: &mut TcpExchange) -> Result<()> {
     let preferences = match &Config::get().tuning {
@@ -362,11 +418,15 @@ fn alike(exchange: &mut TcpExchange) -> Result<()> {
     };
     let mut mine: Blob = [0; BLOB];
     mine[..8].copy_from_slice(&preferences.to_le_bytes());
+    mine[8..12].copy_from_slice(&Config::get().channels.to_le_bytes());
     let all = exchange.allgather(&mine, "comparing tuning files")?;
     if all.iter().any(|theirs| theirs[..8] != mine[..8]) {
         return Err(Error::Protocol(
             "TWOSHOT_TUNING_FILE prefers CollNet for other sizes on some rank: NCCL goes without it",
         ));
+    }
+    if all.iter().any(|theirs| theirs[8..12] != mine[8..12]) {
+        return Err(Error::Protocol("NCCL_MIN_NCHANNELS is another number on some rank: NCCL goes without CollNet"));
     }
     Ok(())
 }

@@ -24,15 +24,45 @@ pub struct Limits {
     pub from: u64,
     /// The largest.
     pub to: u64,
+    /// Channels that may be asked for; 0: NCCL takes as many as it likes.
+    pub channels: u64,
 }
 
 impl Limits {
     /// Of a communicator with so many ranks on so many hosts: measured ones where the user's file has them, else the rule.
-    pub fn of(tuning: Option<&Tuning>, ranks: usize, hosts: usize) -> Self {
+    /// `channels`: what every communicator has, because the user told NCCL so.
+    pub fn of(tuning: Option<&Tuning>, ranks: usize, hosts: usize, channels: u32) -> Self {
         let known = u32::try_from(ranks).ok().zip(u32::try_from(hosts).ok());
         let measured = tuning.zip(known).and_then(|(tuning, (ranks, hosts))| tuning.preferred(ranks, hosts));
-        measured.map_or(Self { from: 0, to: LIMIT }, |one| Self { from: one.from_bytes, to: one.to_bytes })
+        // With several ranks on a host NCCL cuts otherwise.
+        let channels = if ranks == hosts { u64::from(channels).min(TOGETHER) } else { 0 };
+        let (from, to) = measured.map_or((0, LIMIT), |one| (one.from_bytes, one.to_bytes));
+        Self { from, to, channels }
     }
+
+    /// Channels with which NCCL hands over an AllReduce in the fewest requests; `None`: its own number is as good.
+    pub fn channels(&self, bytes: u64) -> Option<i32> {
+        let fewest = (1..=self.channels).min_by_key(|channels| requests(bytes, *channels))?;
+        (bytes < OWN).then_some(i32::try_from(fewest).ok()?)
+    }
+}
+
+/// Channels that NCCL puts into one request of a collective network.
+const TOGETHER: u64 = 8;
+/// From here on NCCL takes as many channels by itself: 640 threads of 512 bytes each.
+const OWN: u64 = TOGETHER * 640 * 512;
+
+/// Requests of an AllReduce with one rank on each host, as NCCL (2.20 to 2.30, read in its sources) cuts it: a chunk of a
+/// channel is halved while there are few of them, and a request has one of every channel.
+fn requests(bytes: u64, channels: u64) -> u64 {
+    let few = |chunk: u64, least: u64| bytes / (channels * chunk) < least;
+    let mut chunk = 256 << 10;
+    for (least, smallest) in [(64, 128 << 10), (8, 64 << 10), (1, 32 << 10)] {
+        while chunk > smallest && few(chunk, least) {
+            chunk /= 2;
+        }
+    }
+    bytes.div_ceil(channels * chunk)
 }
 
 /// What came of a question.
@@ -59,7 +89,7 @@ pub fn advise(limits: Limits, function: i32, bytes: u64, costs: &mut [f32], prot
     let Some(collnet) = least(true, costs) else { return Advice::Untouched };
     let Some(other) = least(false, costs) else { return Advice::Untouched };
     if collnet < other {
-        return Advice::Untouched;
+        return Advice::CollNet;
     }
     let factor = if collnet > 0.0 { 0.5 * other / collnet } else { 0.0 };
     for (row, times) in costs.chunks_exact_mut(protocols).enumerate() {
@@ -77,7 +107,7 @@ mod tests {
     use proptest::prelude::*;
 
     const PROTOCOLS: usize = 3;
-    const RULE: Limits = Limits { from: 0, to: LIMIT };
+    const RULE: Limits = Limits { from: 0, to: LIMIT, channels: 0 };
 
     fn cheapest(costs: &[f32]) -> Option<usize> {
         let available = costs.iter().enumerate().filter(|(_, time)| **time >= 0.0);
@@ -116,12 +146,30 @@ mod tests {
 
     #[test]
     fn a_file_without_this_world_and_no_file_mean_the_rule() {
-        assert_eq!(Limits::of(None, 4, 4), RULE);
+        assert_eq!(Limits::of(None, 4, 4, 0), RULE);
         let tuning = file(4, 10, 20);
-        assert_eq!(Limits::of(Some(&tuning), 4, 4), Limits { from: 10, to: 20 });
+        assert_eq!(Limits::of(Some(&tuning), 4, 4, 0), Limits { from: 10, to: 20, channels: 0 });
         for (ranks, hosts) in [(4, 2), (8, 4), (0, 0), (usize::MAX, 4)] {
-            assert_eq!(Limits::of(Some(&tuning), ranks, hosts), RULE);
+            assert_eq!(Limits::of(Some(&tuning), ranks, hosts, 0), RULE);
         }
+    }
+
+    #[test]
+    fn channels_are_asked_for_only_where_the_user_gave_nccl_as_many_and_each_host_has_one_rank() {
+        let given = |ranks, hosts, channels| Limits::of(None, ranks, hosts, channels).channels;
+        assert_eq!([given(2, 2, 0), given(2, 2, 4), given(4, 4, 8), given(4, 4, 32), given(4, 2, 8)], [0, 4, 8, 8, 0]);
+        let limits = |channels| Limits { channels, ..RULE };
+        for bytes in [0, 1 << 10, 1 << 20, 64 << 20] {
+            assert_eq!(limits(0).channels(bytes), None);
+        }
+        let few = [1 << 10, 64 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20];
+        assert_eq!(
+            few.map(|bytes| limits(8).channels(bytes)),
+            [1, 1, 4, 8, 8, 8, 0].map(|n| Some(n).filter(|n| *n > 0))
+        );
+        assert_eq!(few.map(|bytes| requests(bytes, 8)), [1, 1, 1, 1, 2, 4, 8]);
+        // What NCCL takes by itself: one channel for each 320 KiB.
+        assert_eq!([requests(256 << 10, 1), requests(1 << 20, 3), requests(64 << 20, 4)], [4, 6, 64]);
     }
 
     proptest! {
@@ -129,7 +177,7 @@ mod tests {
         fn with_a_file_exactly_its_sizes_are_touched(from: u64, more: u64, bytes: u64, near in -2i64..3) {
             let to = from.saturating_add(more);
             let tuning = file(2, from, to);
-            let limits = Limits::of(Some(&tuning), 2, 2);
+            let limits = Limits::of(Some(&tuning), 2, 2, 0);
             for bytes in [bytes, from.saturating_add_signed(near), to.saturating_add_signed(near)] {
                 let mut costs = vec![30.0, -1.0, 40.0, 12.0, 50.0, 20.0, -1.0, -1.0, 90.0];
                 let before = costs.clone();
@@ -137,6 +185,16 @@ mod tests {
                 let advice = advise(limits, ALLREDUCE, bytes, &mut costs, PROTOCOLS);
                 prop_assert_eq!(advice == Advice::CollNet, inside);
                 prop_assert_eq!(costs == before, !inside);
+            }
+        }
+
+        #[test]
+        fn no_number_of_channels_up_to_the_limit_gives_fewer_requests(bytes in 0..OWN, most in 1..9u64) {
+            let advised = Limits { channels: most, ..RULE }.channels(bytes).expect("a number") as u64;
+            prop_assert!((1..=most).contains(&advised));
+            for channels in 1..=most {
+                let (asked, other) = (requests(bytes, advised), requests(bytes, channels));
+                prop_assert!(asked < other || (asked == other && advised <= channels), "{} {}", advised, channels);
             }
         }
 

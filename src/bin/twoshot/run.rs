@@ -42,6 +42,8 @@ enum Door {
     Preload,
     /// The program opens it in place of NCCL (VLLM_NCCL_SO_PATH), as vLLM does
     Path,
+    /// NCCL's plugin interface alone, nothing bound (TWOSHOT_MODE=collnet); see docs/official-door.md
+    Collnet,
 }
 
 /// Becomes the command; returns only when it could not.
@@ -58,7 +60,7 @@ pub fn main(run: &Run) -> i32 {
 fn start(run: &Run) -> Result<i32, String> {
     let library = library::twoshot(run.library.as_deref())?;
     let stock = match run.door {
-        Door::Plugin | Door::Preload => None,
+        Door::Plugin | Door::Preload | Door::Collnet => None,
         Door::Name if !library.with_file_name(BY_NAME).is_file() => {
             return Err(format!("no {BY_NAME} beside {}; a link of that name to it will do", library.display()));
         }
@@ -92,6 +94,19 @@ fn same_file(a: &Path, b: &Path) -> bool {
 /// What NCCL makes of `NCCL_NET_PLUGIN=twoshot`.
 const BY_NAME: &str = "libnccl-net-twoshot.so";
 
+/// What NCCL has to be told beside the plugin's name, unless the user has told it something else. The last one: NCCL cuts
+/// sends between nodes into pieces of 128 KiB, and every piece costs its progress thread microseconds (16 MiB: 1345 us, with
+/// this 500, 2 H100). The library itself cannot say so: NCCL asks the environment, which a plugin must not change under a
+/// running program's threads.
+const OFFICIAL: [(&str, &str); 6] = [
+    ("TWOSHOT_MODE", "collnet"),
+    ("NCCL_COLLNET_ENABLE", "1"),
+    ("NCCL_MNNVL_ENABLE", "0"),
+    ("NCCL_NET_GDR_LEVEL", "SYS"),
+    ("CUDA_MODULE_LOADING", "EAGER"),
+    ("NCCL_P2P_NET_CHUNKSIZE", "524288"),
+];
+
 /// The variables that a door needs, given those that are set.
 fn compose(
     door: Door,
@@ -122,6 +137,11 @@ fn compose(
             ]
         }
         Door::Preload => vec![("LD_PRELOAD", ahead("LD_PRELOAD", path, ":"))],
+        Door::Collnet => {
+            let unset = |name: &str| var(name).is_none_or(|value| value.is_empty());
+            let told = OFFICIAL.iter().filter(|(name, _)| unset(name)).map(|(name, value)| (*name, value.into()));
+            [("NCCL_NET_PLUGIN", ahead("NCCL_NET_PLUGIN", path, ","))].into_iter().chain(told).collect()
+        }
         Door::Path => {
             let mut settings = vec![("VLLM_NCCL_SO_PATH", library.into())];
             settings.extend(stock.map(|stock| ("TWOSHOT_NCCL_LIBRARY", stock.into())));
@@ -186,6 +206,17 @@ mod tests {
         let set = [("NCCL_NET_PLUGIN", "aws-ofi"), ("LD_LIBRARY_PATH", "/opt/x")];
         let [plugin, folder] = &composed(Door::Name, None, &set)[..] else { panic!("two variables") };
         assert_eq!((&*plugin.1, &*folder.1), ("twoshot,aws-ofi", "/opt/twoshot/lib:/opt/x"));
+    }
+
+    #[test]
+    fn the_official_door_tells_nccl_what_it_needs_and_leaves_what_the_user_has_said() {
+        let all = composed(Door::Collnet, None, &[("NCCL_MIN_NCHANNELS", "8")]);
+        assert_eq!(all[0], ("NCCL_NET_PLUGIN", LIBRARY.to_owned()));
+        assert_eq!(all[1..], OFFICIAL.map(|(name, value)| (name, value.to_owned())));
+        let set = [("NCCL_P2P_NET_CHUNKSIZE", "262144"), ("NCCL_NET_GDR_LEVEL", "SYS"), ("TWOSHOT_MODE", "")];
+        let names: Vec<_> = composed(Door::Collnet, None, &set).into_iter().map(|(name, _)| name).collect();
+        assert!(!names.contains(&"NCCL_P2P_NET_CHUNKSIZE") && !names.contains(&"NCCL_NET_GDR_LEVEL"));
+        assert!(names.contains(&"TWOSHOT_MODE") && names.len() == 5);
     }
 
     #[test]

@@ -26,6 +26,7 @@ mod reach;
 mod recv;
 mod request;
 mod ring;
+mod run;
 mod send;
 mod side;
 mod traffic;

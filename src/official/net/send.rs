@@ -10,9 +10,11 @@ use parking_lot::Mutex;
 use super::link::{Link, PATIENCE, SLOTS};
 use super::reach::{Far, Reached};
 use super::request::{GROUP, Progress, REQUESTS, Request};
+use super::run::Run;
 use super::traffic;
 use super::wire::{Frame, NO_SLOT};
-use crate::driver::{Context, Place, Stream, copy};
+use crate::config::Config;
+use crate::driver::{Place, copies_rows, copy};
 use crate::error::{Error, Result};
 use crate::warning;
 
@@ -69,28 +71,6 @@ struct Flight {
     _far: Option<Arc<Far>>,
 }
 
-/// Copies straight into memory that can be one.
-struct Run {
-    to: u64,
-    from: Place,
-    bytes: u64,
-}
-
-impl Run {
-    fn goes_on(&self, to: u64, from: Place) -> bool {
-        let next = match self.from {
-            Place::Host(at) => Place::Host(at + self.bytes),
-            Place::Device(at) => Place::Device(at + self.bytes),
-        };
-        (self.to + self.bytes, next) == (to, from)
-    }
-
-    fn queue(run: Option<Self>, context: &Context, stream: &Stream) -> Result<()> {
-        let Some(Self { to, from, bytes }) = run else { return Ok(()) };
-        copy(context, Place::Device(to), from, bytes, stream)
-    }
-}
-
 struct State {
     link: Link,
     reach: Reached,
@@ -100,6 +80,8 @@ struct State {
     flying: VecDeque<Flight>,
     /// Done, but what the receiver has to know may not have left yet.
     said: VecDeque<(usize, u64)>,
+    /// Copies of equal size, equally far apart, go as one.
+    rows: bool,
     broken: bool,
     _open: traffic::Open,
 }
@@ -114,6 +96,7 @@ impl SendComm {
     /// Takes over a connection.
     pub fn new((link, reach): (Link, Reached), owner: &Weak<dyn Progress>) -> Self {
         let open = traffic::Open::new(link.context.device().ordinal());
+        let rows = Config::get().net_rows && copies_rows(&link.context);
         let state = State {
             link,
             reach,
@@ -122,6 +105,7 @@ impl SendComm {
             free: (0..SLOTS as u32).rev().collect(),
             flying: VecDeque::with_capacity(REQUESTS + SLOTS),
             said: VecDeque::with_capacity(REQUESTS),
+            rows,
             broken: false,
             _open: open,
         };
@@ -243,7 +227,7 @@ impl State {
             return Ok(());
         }
         let Link { pipe, window, batches, stream, context, .. } = &mut self.link;
-        let (mut pieces, mut run) = (0, None::<Run>);
+        let (mut pieces, mut run) = (0, None::<(Run, *const Far)>);
         for message in &mut self.messages {
             let place = message.place();
             let Some(Target { seq, index, far }) = &mut message.target else { continue };
@@ -253,9 +237,13 @@ impl State {
                 pipe.put(&Frame::Data { seq, index, slot, offset: 0, bytes: 0, total })?;
                 self.said.push_back((message.request, 0));
             } else if let Some((far, to)) = far.take() {
-                match &mut run {
-                    Some(run) if run.goes_on(to, place) => run.bytes += total,
-                    _ => Run::queue(run.replace(Run { to, from: place, bytes: total }), context, stream)?,
+                let memory = Arc::as_ptr(&far);
+                let taken = run
+                    .as_mut()
+                    .is_some_and(|(run, before)| *before == memory && run.takes(to, place, total, self.rows));
+                if !taken {
+                    let before = run.replace((Run::new(to, place, total), memory)).map(|(run, _)| run);
+                    Run::queue(before, context, stream, &mut self.rows)?;
                 }
                 message.issued = total;
                 let told = Frame::Direct { seq, index, total };
@@ -281,7 +269,7 @@ impl State {
                 break;
             }
         }
-        Run::queue(run, context, stream)?;
+        Run::queue(run.map(|(run, _)| run), context, stream, &mut self.rows)?;
         if pieces > 0 {
             batches.close(pieces, stream)?;
         }

@@ -281,6 +281,15 @@ bool tuner_prefers_collnet(Comm& comm, int collective, size_t bytes, bool base) 
   ncclResult_t status = all.tuner.coll_info(comm.plugin->tuner_context, collective, bytes, &costs[0][0],
                                             NCCL_NUM_ALGORITHMS, NCCL_NUM_PROTOCOLS, &channels);
   if (status != ncclSuccess) return base;
+  if (channels != 0) {
+    // NCCL takes the number as it comes, and would use channels that do not exist.
+    int there = std::max(2, int(env_number("NCCL_MIN_NCHANNELS", 0)));
+    if (channels < 0 || channels > there) {
+      SIM_WARN("TUNER/Plugin: %d channels asked for, there are %d", channels, there);
+      return false;
+    }
+    SIM_INFO("TUNER/Plugin: %d channels for %zu bytes", channels, bytes);
+  }
   float best = -1;
   bool collnet = false;
   for (int algorithm = 0; algorithm < NCCL_NUM_ALGORITHMS; ++algorithm) {

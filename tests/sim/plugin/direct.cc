@@ -1,6 +1,8 @@
 // Programs about messages that go straight into registered memory.
 #include <dlfcn.h>
 
+#include <functional>
+
 #include "program.h"
 
 namespace driver {
@@ -53,7 +55,8 @@ struct Round {
   Round(const Options& o, const Net& net, Ring& ring, std::string name)
       : o(o), net(net), ring(ring), name(std::move(name)), shared(o.seed), own(o.seed * 977 + unsigned(o.rank)) {}
 
-  // Messages of random sizes from `out` to the neighbour's `in`, in groups, in any order, and what lies around them.
+  // Messages of random sizes from `out` to the neighbour's `in`, in groups, in any order, and what lies around them. Half
+  // of the rounds: of one size, one by one, as the steps of a channel.
   void operator()(Arena& out, Arena& in) {
     int previous = (o.rank + o.ranks - 1) % o.ranks;
     size_t slots = in.memory.size() / (in.each + kGuard);
@@ -61,14 +64,16 @@ struct Round {
     std::vector<size_t> sizes;
     std::vector<Flight> flights;
     std::vector<std::pair<size_t, int>> order;
+    std::vector<std::function<void()>> receives;
+    size_t steps = shared() % 2 ? shared() % in.each + 1 : 0;
     for (size_t first = 0; first < slots;) {
-      size_t group = std::min<size_t>(shared() % 3 ? 1 : shared() % 8 + 1, slots - first);
+      size_t group = std::min<size_t>(steps || shared() % 3 ? 1 : shared() % 8 + 1, slots - first);
       Flight flight = {nullptr, {}, true};
       std::vector<void*> addresses, mrs;
       std::vector<size_t> rooms;
       std::vector<int> tags;
       for (size_t i = first; i < first + group; ++i) {
-        sizes.push_back(shared() % 9 ? shared() % (in.each + 1) : 0);
+        sizes.push_back(steps ? steps : shared() % 9 ? shared() % (in.each + 1) : 0);
         for (size_t b = 0; b < sizes[i]; ++b) out.at(i)[b] = content(o.rank, number + i, b);
         flight.buffers.push_back(i);
         addresses.push_back(in.at(i));
@@ -78,18 +83,29 @@ struct Round {
         order.emplace_back(i, tags.back());
       }
       std::shuffle(order.end() - long(group), order.end(), own);
-      for (auto until = soon(); !flight.request; in_time(until, "irecv")) {
-        ok(net.irecv(ring.recv, addresses, rooms, tags, mrs, &flight.request), "irecv");
-      }
-      flights.push_back(flight);
+      receives.push_back([=, this, &flights]() mutable {
+        for (auto until = soon(); !flight.request; in_time(until, "irecv")) {
+          ok(net.irecv(ring.recv, addresses, rooms, tags, mrs, &flight.request), "irecv");
+        }
+        flights.push_back(flight);
+      });
       first += group;
     }
+    auto receive = [&] {
+      for (auto& each : receives) each();
+    };
+    // Messages of one size all wait for their buffers, and so can go together.
+    if (!steps) receive();
     for (auto& [i, tag] : order) {
       Flight flight = {nullptr, {i}, false};
       for (auto until = soon(); !flight.request; in_time(until, "isend")) {
         ok(net.isend(ring.send, out.at(i), sizes[i], tag, out.mr(i), &flight.request), "isend");
       }
       flights.push_back(flight);
+    }
+    if (steps) {
+      barrier(o, name + ".sent." + std::to_string(number));
+      receive();
     }
     wait_all(net, flights, own, [&](const Flight& flight, const int* got) {
       if (!flight.receive) {
