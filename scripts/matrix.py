@@ -44,10 +44,11 @@ class Limits:
 
     def largest(self, size, carried):
         """The most elements that are routed. Lines of the other kinds carry eight bytes of payload in sixteen, but not in
-        the ring."""
-        if self.bulk:
+        the ring, through which elements of one byte go only where nothing else is allowed."""
+        if self.bulk and (size > 1 or self.twoshot == 0):
             return self.bulk // size
-        return (self.most // 16 * 8 if carried == 2 else self.most) // size
+        most = self.twoshot if self.bulk else self.most
+        return (most // 16 * 8 if carried == 2 else most) // size
 
     def counts(self, size, carried, rng):
         """Elements just below, on and just above every edge of the layout: line, slot, shard, switch of the algorithm,
@@ -59,7 +60,7 @@ class Limits:
             # Its first payload, and the edges of a chunk and of one on every rank.
             counts |= {edge // size + by for edge in (CHUNK, self.ranks * CHUNK) for by in (-1, 0, 1)}
             counts |= {self.twoshot // bytes_ + by for by in (0, 1)}
-            counts = {count for count in counts if count <= self.bulk // size}
+            counts = {count for count in counts if count <= self.largest(size, carried)}
         most = self.largest(size, carried)
         counts |= {most, most + 1}
         if self.most > PIECE and not self.bulk:
@@ -157,7 +158,7 @@ DESCRIBED = re.compile(r"state (\d+), multicast (\d+), one-shot (\d+), two-shot 
 
 
 def described(ranks):
-    """Multicast, and the limits of one-shot, of two-shot and of what goes through the ring."""
+    """Multicast, and the limits of one-shot, of two-shot and of what goes through the ring, through which elements of one byte go only where nothing else is allowed."""
     said = {line["note"] for one in ranks for line in one.said("describe")}
     found = DESCRIBED.match(said.pop()) if len(said) == 1 else None
     soak.expect(found, f"the ranks do not describe one communicator: {said}", ranks)

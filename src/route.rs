@@ -165,6 +165,10 @@ pub fn decide(call: &Call, agreed: &Agreement) -> Route {
 
 /// Through the ring, where every line is all payload.
 fn bulk(call: &Call, class: Class, payload: u64, agreed: &Agreement) -> Route {
+    // Sixteen values a line are too many for so few blocks: stock NCCL was faster. Where nothing else is allowed, they go.
+    if call.dtype.size() == Some(1) && agreed.twoshot_bytes > 0 {
+        return Route::Stock(Reason::Size);
+    }
     let layout = &agreed.layout;
     let (Some(ring), Some(shape)) = (layout.ring(), layout.fit(Algorithm::Bulk, payload.min(BULK_PIECE))) else {
         return Route::Stock(Reason::Size);
@@ -340,19 +344,26 @@ mod tests {
             Route::Routed(plan) => Ok((plan.algorithm, plan.blocks, plan.threads, plan.piece)),
             Route::Stock(reason) => Err(reason),
         };
-        let (bf16, i8) = (DataType::BF16, DataType::I8);
+        let (bf16, i8, i64) = (DataType::BF16, DataType::I8, DataType::I64);
         assert_eq!(pick(bf16, 2 << 20, &with).unwrap().0, Algorithm::TwoShot);
         let above = (2 << 20) + 1;
         assert_eq!(pick(bf16, above, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, above)));
         assert_eq!(pick(bf16, 32 << 20, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, 32 << 20)));
         assert_eq!(pick(bf16, (32 << 20) + 1, &with), Err(Reason::Size));
         // Lines that carry half as much end two-shot earlier, but fill the ring like any other.
+        assert_eq!(pick(i64, 1 << 18, &with).unwrap().0, Algorithm::TwoShot);
+        assert_eq!(pick(i64, (1 << 18) + 1, &with).unwrap().0, Algorithm::Bulk);
+        assert_eq!(pick(i64, 8 << 20, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, 8 << 20)));
+        // Elements of one byte are stock NCCL's from there on, unless they were asked for.
         assert_eq!(pick(i8, 2 << 20, &with).unwrap().0, Algorithm::TwoShot);
-        assert_eq!(pick(i8, (2 << 20) + 1, &with).unwrap().0, Algorithm::Bulk);
-        assert_eq!(pick(i8, 64 << 20, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, 64 << 20)));
+        assert_eq!(pick(i8, (2 << 20) + 1, &with), Err(Reason::Size));
+        assert_eq!(
+            pick(i8, 64 << 20, &Agreement { oneshot_bytes: 0, twoshot_bytes: 0, ..with }).unwrap().0,
+            Algorithm::Bulk
+        );
         let large = Agreement { bulk_bytes: 1 << 30, ..with };
         assert_eq!(pick(bf16, 512 << 20, &large), Ok((Algorithm::Bulk, 24, MAX_THREADS, 32 << 20)));
-        assert_eq!(pick(i8, (64 << 20) + 1, &large).unwrap().3, 64 << 20);
+        assert_eq!(pick(i64, (8 << 20) + 1, &large).unwrap().3, 8 << 20);
         // Alone it takes small ones too, with a block for each chunk of 8 KiB.
         let alone = Agreement { oneshot_bytes: 0, twoshot_bytes: 0, ..with };
         assert_eq!(pick(bf16, 1, &alone), Ok((Algorithm::Bulk, 1, MAX_THREADS, 1)));

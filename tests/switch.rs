@@ -206,13 +206,13 @@ fn without_multicast_on_any_rank_there_is_none() {
 fn any_failure_of_multicast_means_unicast_and_rank_order() {
     // Every kernel is looked up when NCCL opens the plugin: those of 2, 4, 8 and any number of ranks. Set-up then looks
     // the multicast kernels up behind the unicast ones, those of the switch last.
-    let (kernels, passes, switch) = (2 * 11, 8, 3);
-    let opened = 4 * (2 * (kernels + passes) + switch);
+    let (kernels, bulk, passes, switch) = (2 * 11, 11, 8, 3);
+    let opened = 4 * (2 * (kernels + passes) + bulk + switch);
     let failures = [
         (0, "cuMulticastCreate", 0),
         (2, "cuMulticastAddDevice", 0),
         (1, "cuMulticastBindMem", 0),
-        (1, "cuModuleGetFunction", opened + 2 * kernels + 2),
+        (1, "cuModuleGetFunction", opened + bulk + 2 * kernels + 2),
     ];
     for (rank, call, nth) in failures {
         let rule = format!("rank={rank},call={call},nth={nth},code=801");
