@@ -26,11 +26,13 @@ fn fault_line(report: &Report, rank: usize) -> String {
 
 #[test]
 fn a_missed_deadline_becomes_an_asynchronous_error_that_names_what_is_missing() {
-    for (algorithm, kernel) in [("oneshot", "one-shot"), ("twoshot", "two-shot")] {
+    for (algorithm, kernel) in [("oneshot", "one-shot"), ("twoshot", "two-shot"), ("bulk", "bulk")] {
         let program = "init; allreduce count=100 reps=5; expect_error code=6; allreduce count=900 on=0,2; \
             async_error expect=6 on=0,2; expect_error code=6; allreduce count=100 on=0,2; barrier; abort; \
             init; allreduce count=50 reps=2; destroy";
         let job = Job::new(Topology::one_host(3), program).env("TWOSHOT_ALGO", algorithm);
+        // There is no ring beside multicast.
+        let job = job.env("TWOSHOT_MULTICAST", u8::from(algorithm != "bulk"));
         let report = job.env("TWOSHOT_TIMEOUT_MS", 400).run();
         expect_released(&report, &[0, 1, 2]);
         for rank in [0, 2] {
@@ -76,11 +78,14 @@ fn an_abort_from_another_thread_ends_a_replay_that_spins_and_the_graph_can_go_la
     let program = "init; allreduce count=10; capture counts=100,900; replay n=2; barrier; launch graph=0 stream=0 on=0; \
         abort_in ms=200 on=0; sleep ms=300; forget on=0; sync on=0; barrier; abort on=1; drop_graphs; sleep ms=60; \
         init; allreduce count=50; destroy; release";
-    let report = Job::new(Topology::one_host(2), program).env("TWOSHOT_TIMEOUT_MS", 0).run();
-    expect_released(&report, &[0, 1]);
-    let outcome = &report.outcomes[0];
-    let took = field(lines_of(outcome, "aborted")[0], "ms");
-    assert!(took < 5000.0, "abort took {took} ms: {outcome}");
+    for algorithm in ["auto", "bulk"] {
+        let job = Job::new(Topology::one_host(2), program).env("TWOSHOT_TIMEOUT_MS", 0).env("TWOSHOT_ALGO", algorithm);
+        let report = job.env("TWOSHOT_MULTICAST", 0).run();
+        expect_released(&report, &[0, 1]);
+        let outcome = &report.outcomes[0];
+        let took = field(lines_of(outcome, "aborted")[0], "ms");
+        assert!(took < 5000.0, "abort took {took} ms: {outcome}");
+    }
 }
 
 #[test]
@@ -190,10 +195,13 @@ fn without_a_deadline_an_abort_from_another_thread_frees_the_spinning_kernel() {
 fn a_killed_rank_leaves_no_survivor_spinning_even_without_a_deadline() {
     let program = "init; allreduce count=1000 reps=3; barrier; kill_self on=1; expect_error; allreduce count=1000 on=0,2; \
         abort on=0,2";
-    let report = Job::new(Topology::one_host(3), program).env("TWOSHOT_TIMEOUT_MS", 0).run();
-    for rank in [0, 2] {
-        let outcome = &report.outcomes[rank];
-        assert!(outcome.succeeded() && ms(outcome, "abort") < 5000.0, "{outcome}");
+    for algorithm in ["auto", "bulk"] {
+        let job = Job::new(Topology::one_host(3), program).env("TWOSHOT_TIMEOUT_MS", 0).env("TWOSHOT_ALGO", algorithm);
+        let report = job.env("TWOSHOT_MULTICAST", 0).run();
+        for rank in [0, 2] {
+            let outcome = &report.outcomes[rank];
+            assert!(outcome.succeeded() && ms(outcome, "abort") < 5000.0, "{outcome}");
+        }
     }
 }
 

@@ -397,6 +397,7 @@ impl std::fmt::Display for Fault {
         let kernel = match self.kernel {
             1 => "one-shot",
             3 => "two-shot in the switch",
+            4 => "bulk",
             _ => "two-shot",
         };
         let stage = if self.phase == 2 { "broadcast" } else { "scatter" };
