@@ -447,10 +447,12 @@ def growth(place, body, batches, size, seconds, stock):
 
 def lifecycle(place, options):
     # All together they take the limit at most, where it is not too short for anything: most of it the first.
-    share = max(10, options.limit // 10)
+    shares = {"all": (6, 2, 10), "ends": (8, 0, 9), "aborts": (0, 8, 9)}[options.part]
+    share = max(10, options.limit // shares[2])
     rng = random.Random(options.seed)
-    bodies = [("create/AllReduce/destroy", "init; random calls=2 seed=5 max=4000; destroy", options.rounds, 25, share * 6),
-              ("abort in mid-flight", "; ".join(["init", *mid_flight(rng, place)]), max(10, options.rounds // 10), 10, share * 2)]
+    bodies = [("create/AllReduce/destroy", "init; random calls=2 seed=5 max=4000; destroy", options.rounds, 25, share * shares[0]),
+              ("abort in mid-flight", "; ".join(["init", *mid_flight(rng, place)]), max(10, options.rounds // 10), 10, share * shares[1])]
+    bodies = [body for body in bodies if body[-1] > 0]
     names = ["descriptors", "threads", "mappings", "addresses, KiB", "device bytes"]
     # What moves by itself: malloc's mappings and arenas; a GPU's memory in steps of its page.
     slack = [0, 0, 8, 256 << 10, 0 if place.simulated else 2 << 20]
@@ -490,6 +492,7 @@ def main():
     add_places(parser)
     parser.add_argument("--limit", type=int, default=300, metavar="SECONDS", help="time for all of it [300]")
     parser.add_argument("--rounds", type=int, help="soak: as many as fit; lifecycle: 500; kill: 20; beside: 20")
+    parser.add_argument("--part", default="all", choices=["all", "ends", "aborts"], help="lifecycle: rounds of this kind only")
     parser.add_argument("--seed", type=int, help="of the first round [random]")
     options = parser.parse_args()
     options.seed = random.randrange(1 << 30) if options.seed is None else options.seed
