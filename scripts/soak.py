@@ -433,7 +433,8 @@ def samples(one):
 
 def growth(place, body, batches, size, seconds, stock):
     """Growth from a warm start to the last sample, the worst of all ranks, and the rounds made."""
-    sample = "barrier; process; meminfo"
+    # A thread that did a step of set-up may still be on its way out.
+    sample = "barrier; sleep ms=200; process; meminfo"
     program = (f"repeat n=3; {body}; end; {sample}; "
                f"repeat n={batches} seconds={seconds}; repeat n={size}; {body}; end; {sample}; end; release")
     session, ranks = run(place, program, deadline(place), stock, seconds=seconds + 120)
