@@ -267,8 +267,8 @@ def measure(me, what, size):
     return sorted(best)[1]
 
 
-def compare_ideas(paths):
-    """A column for each section, named after its folder."""
+def read_tables(paths):
+    """The times of each section; none of one that did not come to its end."""
     tables = []
     for path in paths:
         try:
@@ -276,6 +276,12 @@ def compare_ideas(paths):
                 tables.append({tuple(key): us for key, us in json.load(file)})
         except OSError:
             tables.append({})
+    return tables
+
+
+def compare_ideas(paths):
+    """A column for each section, named after its folder."""
+    tables = read_tables(paths)
     print("| call | bytes | " + " | ".join(os.path.basename(os.path.dirname(path)) for path in paths) + " |")
     print("|---|---:|" + "---:|" * len(paths))
     for key in SIZES:
@@ -283,13 +289,7 @@ def compare_ideas(paths):
 
 
 def compare(paths):
-    tables = []
-    for path in paths:
-        try:
-            with open(path) as file:
-                tables.append({tuple(key): us for key, us in json.load(file)})
-        except OSError:
-            tables.append({})
+    tables = read_tables(paths)
     print("| call | bytes | sockets, us | official door, us | times faster | wanted | ring over NVLink, us | pieces of 512 KiB, us | windows only, us |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for key in SIZES:
