@@ -98,7 +98,8 @@ struct Bulk : Ring<Team<N, ALIGNED, T::kMostTogether>, N == 2, 5 + kBatchLog2<N,
   // Who has the partial line in its part, to whom this rank scatters it or from whom it collects it.
   TWOSHOT_DEVICE uint32_t owner_of_partial() const { return kOne ? team.peer(1) : payload.partial / this->shard; }
 
-  // Phase 1: line i of every peer's part to that peer. A warp's loads of a tile are under way while it stores the tile before, or it would be idle for a memory's latency.
+  // Phase 1: line i of every peer's part to that peer. A warp's loads of a tile are under way while it stores the tile
+  // before, or it would be idle for a memory's latency.
   TWOSHOT_DEVICE void scatter(uint32_t w) const {
     constexpr uint32_t kStep = Base::kScatterers;
     if constexpr (Ranks::kWhole) {
@@ -238,7 +239,6 @@ TWOSHOT_UNROLL
   }
 
   // Phase 2: line i of every other shard from its owner.
-
   TWOSHOT_DEVICE void collect(uint32_t w) const {
 TWOSHOT_UNROLL_BY(1)
     for (uint32_t t = w; t < tiles; t += Base::kCollectors) {

@@ -357,15 +357,12 @@ mod tests {
         // Elements of one byte are stock NCCL's from there on, unless they were asked for.
         assert_eq!(pick(i8, 2 << 20, &with).unwrap().0, Algorithm::TwoShot);
         assert_eq!(pick(i8, (2 << 20) + 1, &with), Err(Reason::Size));
-        assert_eq!(
-            pick(i8, 64 << 20, &Agreement { oneshot_bytes: 0, twoshot_bytes: 0, ..with }).unwrap().0,
-            Algorithm::Bulk
-        );
         let large = Agreement { bulk_bytes: 1 << 30, ..with };
         assert_eq!(pick(bf16, 512 << 20, &large), Ok((Algorithm::Bulk, 24, MAX_THREADS, 32 << 20)));
         assert_eq!(pick(i64, (8 << 20) + 1, &large).unwrap().3, 8 << 20);
         // Alone it takes small ones too, with a block for each chunk of 8 KiB.
         let alone = Agreement { oneshot_bytes: 0, twoshot_bytes: 0, ..with };
+        assert_eq!(pick(i8, 64 << 20, &alone).unwrap().0, Algorithm::Bulk);
         assert_eq!(pick(bf16, 1, &alone), Ok((Algorithm::Bulk, 1, MAX_THREADS, 1)));
         assert_eq!(pick(bf16, 8 * 4 * 4096, &alone).unwrap().1, 4);
         assert_eq!(pick(bf16, 1 << 20, &Agreement { layout: agreed().layout, ..alone }), Err(Reason::Size));

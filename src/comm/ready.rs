@@ -241,10 +241,8 @@ impl Ready {
     /// order to keep, and nothing behind the call but what the caller puts there. [`Self::mark`] goes before the end.
     pub fn launch_alone(&self, plan: Plan, buffers: Buffers) -> Result<()> {
         let _range = nvtx::range(range_name(plan.algorithm));
-        let communicators = ready_on(&self.context).load(Ordering::Relaxed);
-        let share = blocks(self.capacity, communicators);
-        let within = self.programmatic && communicators <= 1;
-        let overlap = Overlap { first: self.programmatic, others: self.programmatic, within, behind: false };
+        let (share, overlap) = self.room();
+        let overlap = Overlap { behind: false, ..overlap };
         let entered = self.context.enter();
         let queued = entered.and_then(|_entered| self.queue(shared(plan, share), share, overlap, buffers));
         queued.inspect_err(|_| self.page().refused(buffers.count))
@@ -260,12 +258,8 @@ impl Ready {
         let stream = buffers.stream;
         let _range = nvtx::range(range_name(plan.algorithm));
         let _entered = self.context.enter()?;
-        let communicators = ready_on(&self.context).load(Ordering::Relaxed);
-        let share = blocks(self.capacity, communicators);
+        let (share, mut overlap) = self.room();
         let plan = shared(plan, share);
-        let within = self.programmatic && communicators <= 1;
-        let (first, others, behind) = (self.programmatic, self.programmatic, within && self.open);
-        let mut overlap = Overlap { first, others, within, behind };
         let mut order = self.order.lock();
         let Some(capture) = capture_of(&self.context, stream) else {
             let lane = Lane::of(&self.context, stream);
@@ -290,6 +284,14 @@ impl Ready {
         let node = capture_of(&self.context, stream).and_then(|capture| capture.node);
         order.captured = Some(Captured { id: capture.id, stream, node, late: false });
         Ok(())
+    }
+
+    /// The blocks that a launch may take beside those of the device's other communicators, and what it may overlap with.
+    fn room(&self) -> (u32, Overlap) {
+        let communicators = ready_on(&self.context).load(Ordering::Relaxed);
+        let within = self.programmatic && communicators <= 1;
+        let (first, others, behind) = (self.programmatic, self.programmatic, within && self.open);
+        (blocks(self.capacity, communicators), Overlap { first, others, within, behind })
     }
 
     /// The launches of one call: for a pre-multiplied sum the products into the output first, which is then summed in
