@@ -106,7 +106,7 @@ std::shared_ptr<Graph> graph_find(CUgraph handle) { return graphs().find(handle)
 using namespace twoshot::sim;
 
 CUresult cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph handle, unsigned long long flags) {
-    SIM_ENTRY(0);
+    SIM_ENTRY(kUnsafe);
     auto graph = graphs().find(handle);
     if (!exec || !graph || (flags & ~15ull)) return CUDA_ERROR_INVALID_VALUE;
     std::lock_guard<std::mutex> lock(capture_mutex());

@@ -205,13 +205,17 @@ void Driver::capture(const Statement& s) {
     }
   }
   for (CUevent event : events) accept_cuda(cuEventDestroy_v2(event), "cuEventDestroy");
+  // All of them before the first instantiation, which a thread that captures may not make.
+  std::vector<CUgraph> made;
   for (Lane* lane : lanes) {
     use_lane(*lane);
-    CUgraph made = nullptr;
+    if (!accept_cuda(cuStreamEndCapture(lane->current(), &made.emplace_back()), "cuStreamEndCapture")) return;
+  }
+  for (size_t i = 0; i < lanes.size(); ++i) {
+    use_lane(*lanes[i]);
     CUgraphExec exec = nullptr;
-    if (!accept_cuda(cuStreamEndCapture(lane->current(), &made), "cuStreamEndCapture")) return;
-    accept_cuda(cuGraphInstantiateWithFlags(&exec, made, 0), "cuGraphInstantiate");
-    accept_cuda(cuGraphDestroy(made), "cuGraphDestroy");
+    accept_cuda(cuGraphInstantiateWithFlags(&exec, made[i], 0), "cuGraphInstantiate");
+    accept_cuda(cuGraphDestroy(made[i]), "cuGraphDestroy");
     graph.execs.push_back(exec);
   }
   for (auto& round : rounds) {
