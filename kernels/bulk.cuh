@@ -62,13 +62,14 @@ struct Whole<T, TWOSHOT_HALF_BYTES> {
 // ---- the roles that move payload ----------------------------------------------------------------------------------
 
 // Lines of a lane, as a power of two: several loads in each phase, of peers or of lines.
-template <int N, bool ALIGNED>
-constexpr uint32_t kBatchLog2 = ALIGNED && N == 2 ? 2 : 0;
+template <int N>
+constexpr uint32_t kBatchLog2 = N == 2 ? 2 : 0;
 
+// ALIGNED is about the buffers alone: the roles are busy in the same way.
 template <typename T, int N, bool ALIGNED>
-struct Bulk : Ring<Team<N, ALIGNED, T::kMostTogether>, N == 2, 5 + kBatchLog2<N, ALIGNED>> {
-  using Ranks = Team<N, ALIGNED, T::kMostTogether>;
-  using Base = Ring<Ranks, N == 2, 5 + kBatchLog2<N, ALIGNED>>;
+struct Bulk : Ring<Team<N, true, T::kMostTogether>, N == 2, 5 + kBatchLog2<N>> {
+  using Ranks = Team<N, true, T::kMostTogether>;
+  using Base = Ring<Ranks, N == 2, 5 + kBatchLog2<N>>;
   using Base::args;
   using Base::await;
   using Base::first_of;
@@ -81,7 +82,7 @@ struct Bulk : Ring<Team<N, ALIGNED, T::kMostTogether>, N == 2, 5 + kBatchLog2<N,
   static constexpr bool kOne = N == 2;
   static constexpr uint32_t kChunk = Ranks::kChunk;
   static constexpr uint32_t kPeers = Ranks::kPeers;
-  static constexpr uint32_t kBatch = 1u << kBatchLog2<N, ALIGNED>;
+  static constexpr uint32_t kBatch = 1u << kBatchLog2<N>;
 
   const Payload<T, ALIGNED> payload;
 
@@ -103,7 +104,7 @@ struct Bulk : Ring<Team<N, ALIGNED, T::kMostTogether>, N == 2, 5 + kBatchLog2<N,
   TWOSHOT_DEVICE void scatter(uint32_t w) const {
     constexpr uint32_t kStep = Base::kScatterers;
     if constexpr (Ranks::kWhole) {
-      Line even[kBatch * kPeers], odd[kBatch * kPeers];
+      Raw<ALIGNED> even[kBatch * kPeers], odd[kBatch * kPeers];
       load_tile(even, w, 1);
 TWOSHOT_UNROLL_BY(1)
       for (uint32_t t = w; t < tiles; t += 2 * kStep) {
@@ -118,49 +119,59 @@ TWOSHOT_UNROLL_BY(1)
         this->await_room(t >> tile_shift());
 TWOSHOT_UNROLL_BY(1)
         for (uint32_t near = 1; near < team.size(); near += kPeers) {
-          Line line[kBatch * kPeers];
-          load_tile(line, t, near);
-          store_tile(line, t, near);
+          Raw<ALIGNED> raw[kBatch * kPeers];
+          load_tile(raw, t, near);
+          store_tile(raw, t, near);
         }
         end_of_tile(w, t);
       }
     }
   }
 
-  TWOSHOT_DEVICE void scatter_tile(const Line (&line)[kBatch * kPeers], uint32_t w, uint32_t t) const {
+  TWOSHOT_DEVICE void scatter_tile(const Raw<ALIGNED> (&raw)[kBatch * kPeers], uint32_t w, uint32_t t) const {
     if (t >= tiles) return;
     this->await_room(t >> tile_shift());
-    store_tile(line, t, 1);
+    store_tile(raw, t, 1);
     end_of_tile(w, t);
   }
 
-  TWOSHOT_DEVICE void load_tile(Line (&line)[kBatch * kPeers], uint32_t t, uint32_t near) const {
+  TWOSHOT_DEVICE void load_tile(Raw<ALIGNED> (&raw)[kBatch * kPeers], uint32_t t, uint32_t near) const {
     const uint32_t i = line_of(t);
 TWOSHOT_UNROLL
     for (uint32_t j = 0; j < kBatch * kPeers; j++) {
       const uint32_t index = i + 32 * (j / kPeers), source = first_of(team.peer(near + j % kPeers)) + index;
       const bool here = t < tiles && exists(near + j % kPeers, index);
-      line[j] = Line{};
-      if constexpr (ALIGNED) {
-        payload.load_full_if(line[j], source, here && payload.full(source));
-      } else if (here) {
-        line[j] = payload.load_elements(source);
-      }
+      raw[j] = Raw<ALIGNED>{};
+      payload.load_raw_if(raw[j], source, here && payload.full(source));
     }
   }
 
-  TWOSHOT_DEVICE void store_tile(const Line (&line)[kBatch * kPeers], uint32_t t, uint32_t near) const {
+  TWOSHOT_DEVICE void store_tile(const Raw<ALIGNED> (&raw)[kBatch * kPeers], uint32_t t, uint32_t near) const {
     const uint32_t k = t >> tile_shift(), i = line_of(t);
 TWOSHOT_UNROLL
     for (uint32_t j = 0; j < kBatch * kPeers; j++) {
       const uint32_t index = i + 32 * (j / kPeers), peer = team.peer(near + j % kPeers);
-      const bool here = exists(near + j % kPeers, index) && (!ALIGNED || payload.full(first_of(peer) + index));
-      st_relaxed_sys_v4_if(staged(peer, TWOSHOT_PHASE_SCATTER, team.rank, k, index), line[j], here);
+      const bool here = exists(near + j % kPeers, index) && payload.full(first_of(peer) + index);
+      st_relaxed_sys_v4_if(staged(peer, TWOSHOT_PHASE_SCATTER, team.rank, k, index), payload.loaded(raw[j]), here);
     }
   }
 
-  // The partial line by itself, so that full ones pay for no more than this.
+  // The partial line by itself, or where buffers are not aligned those at their ends, so that full ones pay for no more
+  // than this.
   TWOSHOT_DEVICE void end_of_tile(uint32_t w, uint32_t t) const {
+    if constexpr (!ALIGNED) {
+      const uint32_t k = t >> tile_shift();
+TWOSHOT_UNROLL_BY(1)
+      for (uint32_t d = 1; d < team.size(); d++) {
+        const uint32_t peer = team.peer(d);
+TWOSHOT_UNROLL_BY(1)
+        for (uint32_t index = line_of(t); index < line_of(t) + 32 * kBatch && index < lines_of(peer); index += 32) {
+          const uint32_t source = first_of(peer) + index;
+          if (payload.full(source)) continue;
+          st_relaxed_sys_v4_if(staged(peer, TWOSHOT_PHASE_SCATTER, team.rank, k, index), payload.load_elements(source), true);
+        }
+      }
+    }
     if (ALIGNED && payload.partial != payload.kNone) {
       const uint32_t owner = owner_of_partial(), index = payload.partial - first_of(owner), k = t >> tile_shift();
       if (owner != team.rank && holds(line_of(t), index)) {
@@ -185,11 +196,18 @@ TWOSHOT_UNROLL
 TWOSHOT_UNROLL_BY(1)
     for (uint32_t t = w; t < tiles; t += Base::kReducers) {
       const uint32_t k = t >> tile_shift(), i = line_of(t);
+      Raw<ALIGNED> raw[kBatch];
       Line own[kBatch];
 TWOSHOT_UNROLL
       for (uint32_t u = 0; u < kBatch; u++) {
-        own[u] = Line{};
-        if (i + 32 * u < own_lines) own[u] = payload.load(begin + i + 32 * u);
+        const uint32_t index = i + 32 * u;
+        payload.load_raw_if(raw[u], begin + index, index < own_lines && payload.full(begin + index));
+      }
+TWOSHOT_UNROLL
+      for (uint32_t u = 0; u < kBatch; u++) {
+        const uint32_t index = i + 32 * u;
+        own[u] = payload.loaded(raw[u]);
+        if (index < own_lines && !payload.full(begin + index)) own[u] = payload.load_elements(begin + index);
       }
       await(TWOSHOT_PHASE_SCATTER, k);
       if (kOne && args.in == args.out) this->template await_own<Base::kScatterers>(kScattered, k);
@@ -258,11 +276,9 @@ TWOSHOT_UNROLL
         for (uint32_t j = 0; j < kBatch * kPeers; j++) {
           const uint32_t index = i + 32 * (j / kPeers), distance = near + j % kPeers;
           const uint32_t target = first_of(team.peer(distance)) + index;
-          if constexpr (ALIGNED) {
-            payload.store_full_if(target, line[j], exists(distance, index) && payload.full(target));
-          } else if (exists(distance, index)) {
-            payload.store_elements(target, line[j]);
-          }
+          const bool here = exists(distance, index), full = payload.full(target);
+          payload.store_full_if(target, line[j], here && full);
+          if (!ALIGNED && here && !full) payload.store_elements(target, line[j]);
         }
       }
       if (ALIGNED && payload.partial != payload.kNone) {

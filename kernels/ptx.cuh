@@ -101,6 +101,13 @@ TWOSHOT_DEVICE void st_weak_b16(uint64_t address, uint32_t value) {
   asm volatile("st.global.b16 [%0], %1;" ::"l"(address), "h"(static_cast<uint16_t>(value)) : "memory");
 }
 
+// The word that begins so many bits, less than 32, into `low` and ends in `high`.
+TWOSHOT_DEVICE uint32_t shf_r_b32(uint32_t low, uint32_t high, uint32_t bits) {
+  uint32_t value;
+  asm("shf.r.wrap.b32 %0, %1, %2, %3;" : "=r"(value) : "r"(low), "r"(high), "r"(bits));
+  return value;
+}
+
 // ---- windows: every access is relaxed at system scope ----------------------------------------------------------
 
 TWOSHOT_DEVICE void ld_relaxed_sys_v4_if(Line& line, uint64_t address, bool wanted) {

@@ -92,7 +92,7 @@ TWOSHOT_UNROLL
         if constexpr (ALIGNED) {
           payload.load_full_if(line[k], index, exists(base + k, i) && payload.full(index));
         } else if (exists(base + k, i)) {
-          line[k] = payload.load_elements(index);
+          line[k] = payload.load_any(index);
         }
       }
 TWOSHOT_UNROLL

@@ -58,7 +58,7 @@ TWOSHOT_UNROLL
         if constexpr (ALIGNED) {
           payload.load_full_if(line[k], source, exists && payload.full(source));
         } else if (exists && source < payload.lines) {
-          line[k] = payload.load_elements(source);
+          line[k] = payload.load_any(source);
         }
       }
       epoch = epoch_read(args);
@@ -185,7 +185,7 @@ TWOSHOT_UNROLL
 TWOSHOT_UNROLL
           for (int w = 0; w < 4; w++) partial.word[w] = here ? line[k].word[w] : partial.word[w];
         } else if (copied) {
-          payload.store_elements(target, line[k]);
+          payload.store(target, line[k]);
         }
       }
       if (holds_partial) payload.store_elements(payload.partial, partial);

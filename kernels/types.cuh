@@ -83,12 +83,41 @@ TWOSHOT_UNROLL
   }
 };
 
-// The caller's two buffers, seen as lines. ALIGNED: both start on a multiple of a line's payload, so a full line is one access. The last
-// line may be partial: it is read element by element and padded with zero bits, and written element by element.
+// A full line on its way from memory. Unaligned: the 16-byte granules that it lies in.
+template <bool ALIGNED>
+struct Raw {
+  Line low = {};
+};
+template <>
+struct Raw<false> {
+  Line low = {}, high = {};
+};
+
+// 16 bytes of 32, from any byte on that is a multiple of T's elements. Selects, no indexed registers.
+template <typename T>
+TWOSHOT_DEVICE Line from_byte(const Raw<false>& raw, uint32_t byte) {
+  uint32_t word[8];
+TWOSHOT_UNROLL
+  for (int w = 0; w < 4; w++) word[w] = raw.low.word[w], word[w + 4] = raw.high.word[w];
+TWOSHOT_UNROLL
+  for (int w = 0; w < 6; w++) word[w] = (byte & 8) != 0 ? word[w + 2] : word[w];
+TWOSHOT_UNROLL
+  for (int w = 0; w < 5 && T::kBytes < 8; w++) word[w] = (byte & 4) != 0 ? word[w + 1] : word[w];
+  Line line;
+TWOSHOT_UNROLL
+  for (int w = 0; w < 4; w++) line.word[w] = T::kBytes < 4 ? shf_r_b32(word[w], word[w + 1], 8 * (byte & 3)) : word[w];
+  return line;
+}
+
+// The caller's two buffers, seen as lines. ALIGNED: both start on a multiple of a line's payload, so a full line is one
+// access. Else a full line of 16 bytes is read as the two granules that it lies in and written in the widest pieces that
+// its address allows; those at the buffer's ends, where a granule may be another's, element by element. The last line may
+// be partial: it is read element by element and padded with zero bits, and written element by element.
 template <typename T, bool ALIGNED>
 struct Payload {
   static constexpr uint32_t kPerLine = T::kLineBytes / T::kBytes;
   static constexpr uint32_t kNone = 0xFFFFFFFFu;
+  static constexpr bool kGranules = !ALIGNED && T::kLineBytes == TWOSHOT_LINE_BYTES;
 
   uint64_t in, out, count;
   uint32_t lines;    // partial one included
@@ -101,22 +130,68 @@ struct Payload {
         lines(static_cast<uint32_t>((args.count + kPerLine - 1) / kPerLine)),
         partial(args.count % kPerLine != 0 ? lines - 1 : kNone) {}
 
-  // True for lines that load_full and store_full take.
-  TWOSHOT_DEVICE bool full(uint32_t line) const { return ALIGNED && line < lines && line != partial; }
+  // True for lines that load_full and store_full take. Unaligned: whose neighbours are full, so both granules are ours.
+  TWOSHOT_DEVICE bool full(uint32_t line) const {
+    if constexpr (kGranules) return line != 0 && line + 2 < lines;
+    return ALIGNED && line < lines && line != partial;
+  }
 
-  TWOSHOT_DEVICE void load_full_if(Line& line, uint32_t index, bool wanted) const {
-    if constexpr (T::kLineBytes == TWOSHOT_LINE_BYTES) {
-      ld_weak_v4_if(line, in + uint64_t{index} * TWOSHOT_LINE_BYTES, wanted);
+  // In two steps, for those who have more loads to issue before they wait for this one.
+  TWOSHOT_DEVICE void load_raw_if(Raw<ALIGNED>& raw, uint32_t index, bool wanted) const {
+    const uint64_t address = in + uint64_t{index} * T::kLineBytes, granule = address / TWOSHOT_LINE_BYTES * TWOSHOT_LINE_BYTES;
+    if constexpr (T::kLineBytes == TWOSHOT_HALF_BYTES) {
+      ld_weak_v2_if(raw.low, address, wanted);
+    } else if constexpr (ALIGNED) {
+      ld_weak_v4_if(raw.low, address, wanted);
     } else {
-      ld_weak_v2_if(line, in + uint64_t{index} * TWOSHOT_HALF_BYTES, wanted);
+      ld_weak_v4_if(raw.low, granule, wanted);
+      ld_weak_v4_if(raw.high, granule + TWOSHOT_LINE_BYTES, wanted && granule != address);
     }
   }
 
-  TWOSHOT_DEVICE void store_full_if(uint32_t index, const Line& line, bool wanted) const {
-    if constexpr (T::kLineBytes == TWOSHOT_LINE_BYTES) {
-      st_weak_v4_if(out + uint64_t{index} * TWOSHOT_LINE_BYTES, line, wanted);
+  TWOSHOT_DEVICE Line loaded(const Raw<ALIGNED>& raw) const {
+    if constexpr (kGranules) {
+      return from_byte<T>(raw, static_cast<uint32_t>(in % TWOSHOT_LINE_BYTES));
     } else {
+      return raw.low;
+    }
+  }
+
+  TWOSHOT_DEVICE void load_full_if(Line& line, uint32_t index, bool wanted) const {
+    Raw<ALIGNED> raw;
+    raw.low = line;
+    load_raw_if(raw, index, wanted);
+    line = loaded(raw);
+  }
+
+  TWOSHOT_DEVICE void store_full_if(uint32_t index, const Line& line, bool wanted) const {
+    if constexpr (T::kLineBytes == TWOSHOT_HALF_BYTES) {
       st_weak_v2_if(out + uint64_t{index} * TWOSHOT_HALF_BYTES, open<T>(line), wanted);
+    } else if constexpr (ALIGNED) {
+      st_weak_v4_if(out + uint64_t{index} * TWOSHOT_LINE_BYTES, line, wanted);
+    } else if (wanted) {
+      store_pieces(index, line);
+    }
+  }
+
+  // Which pieces is the same for all lines.
+  TWOSHOT_DEVICE void store_pieces(uint32_t index, const Line& line) const {
+    const uint64_t to = out + uint64_t{index} * TWOSHOT_LINE_BYTES;
+    if (to % 16 == 0) {
+      st_weak_v4_if(to, line, true);
+    } else if (to % 8 == 0) {
+      st_weak_v2_if(to, line, true);
+      st_weak_v2_if(to + 8, Line{{line.word[2], line.word[3], 0, 0}}, true);
+    } else if (T::kBytes < 8 && to % 4 == 0) {
+TWOSHOT_UNROLL
+      for (int w = 0; w < 4; w++) st_weak_b32(to + 4 * w, line.word[w]);
+    } else if (T::kBytes < 4 && to % 2 == 0) {
+      st_weak_b16(to, line.word[0]);
+TWOSHOT_UNROLL
+      for (int w = 0; w < 3; w++) st_weak_b32(to + 2 + 4 * w, shf_r_b32(line.word[w], line.word[w + 1], 16));
+      st_weak_b16(to + 14, line.word[3] >> 16);
+    } else {
+      store_elements(index, line);
     }
   }
 
@@ -161,6 +236,14 @@ TWOSHOT_UNROLL
     }
   }
 
+  // Any line that there is.
+  TWOSHOT_DEVICE Line load_any(uint32_t index) const {
+    if (!full(index)) return load_elements(index);
+    Line line = {};
+    load_full_if(line, index, true);
+    return line;
+  }
+
   // Any line; zeros where there is none. In two steps for those who have more loads to issue in between: a full
   // line's load is issued without a branch by the first, all else happens in the second.
   TWOSHOT_DEVICE Line load(uint32_t index) const {
@@ -176,7 +259,7 @@ TWOSHOT_UNROLL
   }
 
   TWOSHOT_DEVICE void finish_load(Line& line, uint32_t index) const {
-    if (ALIGNED ? index == partial : index < lines) line = load_elements(index);
+    if (ALIGNED ? index == partial : index < lines) line = ALIGNED ? load_elements(index) : load_any(index);
   }
 
   TWOSHOT_DEVICE void store(uint32_t index, const Line& line) const {

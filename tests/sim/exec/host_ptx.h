@@ -115,6 +115,10 @@ inline void st_weak_b16(uint64_t address, uint32_t value) {
   *host_pointer<uint16_t>(address) = static_cast<uint16_t>(value);
 }
 
+inline uint32_t shf_r_b32(uint32_t low, uint32_t high, uint32_t bits) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> bits);
+}
+
 inline uint32_t ld_relaxed_sys_u32(uint64_t address) { return host_load(address); }
 
 inline void st_relaxed_sys_u32(uint64_t address, uint32_t value) {
