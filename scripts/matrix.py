@@ -28,8 +28,9 @@ MODES = ["eager", "grouped", "captured"]
 # A payload above this is reduced by several launches, unless it goes through the ring, whose chunks are these.
 PIECE = 4 << 20
 CHUNK = 8 << 10
-# What goes through the ring has no largest payload that a reference could keep up with.
-ENOUGH = (12 << 20) + 8
+# The most that goes through the ring here: once around it, with 24 channels of 32 chunks, and some more. A reference could
+# not keep up with what the library would allow.
+ENOUGH = (6 << 20) + 3 * CHUNK + 8
 # Statements between two looks at the clock.
 BATCH = 6
 REPLAYS = 2
