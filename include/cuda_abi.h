@@ -204,26 +204,6 @@ CUresult cuCtxSynchronize(void);
 #define CU_POINTER_ATTRIBUTE_MAPPED 13
 #define CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES 14
 
-/* Rows of one width, each as far from the next as the pitch says. */
-typedef struct {
-  size_t srcXInBytes;
-  size_t srcY;
-  unsigned int srcMemoryType; /* CU_MEMORYTYPE_* */
-  const void *srcHost;
-  CUdeviceptr srcDevice;
-  void *srcArray;
-  size_t srcPitch;
-  size_t dstXInBytes;
-  size_t dstY;
-  unsigned int dstMemoryType;
-  void *dstHost;
-  CUdeviceptr dstDevice;
-  void *dstArray;
-  size_t dstPitch;
-  size_t WidthInBytes;
-  size_t Height;
-} CUDA_MEMCPY2D;
-
 CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes);
 CUresult cuMemFree_v2(CUdeviceptr address);
 CUresult cuMemHostAlloc(void **address, size_t bytes, unsigned int flags);
@@ -235,7 +215,6 @@ CUresult cuMemcpyDtoD_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes);
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t bytes, CUstream stream);
 CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t bytes, CUstream stream);
 CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream);
-CUresult cuMemcpy2DAsync_v2(const CUDA_MEMCPY2D *copy, CUstream stream);
 CUresult cuMemsetD32_v2(CUdeviceptr to, unsigned int word, size_t words);
 CUresult cuMemsetD8_v2(CUdeviceptr to, unsigned char byte, size_t bytes);
 CUresult cuMemsetD32Async(CUdeviceptr to, unsigned int word, size_t words, CUstream stream);
@@ -337,7 +316,6 @@ CUresult cuMulticastGetGranularity(size_t *bytes, const CUmulticastObjectProp *p
 
 #define CU_STREAM_DEFAULT 0
 #define CU_STREAM_NON_BLOCKING 1
-#define CU_STREAM_WRITE_VALUE_DEFAULT 0 /* behind a fence of the system */
 
 #define CU_EVENT_DEFAULT 0
 #define CU_EVENT_BLOCKING_SYNC 1
@@ -367,7 +345,6 @@ CUresult cuStreamDestroy_v2(CUstream stream);
 CUresult cuStreamSynchronize(CUstream stream);
 CUresult cuStreamQuery(CUstream stream);
 CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned int flags);
-CUresult cuStreamWriteValue32_v2(CUstream stream, CUdeviceptr address, unsigned int value, unsigned int flags);
 CUresult cuStreamGetCtx(CUstream stream, CUcontext *context);
 CUresult cuStreamGetId(CUstream stream, unsigned long long *id);
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status);

@@ -175,15 +175,12 @@ fn a_rank_that_is_late_to_connect_is_given_up_in_time() {
 fn a_killed_rank_becomes_an_error_of_nccls_and_an_abort_releases_everything() {
     let program = "init; allreduce count=1000 reps=4; barrier; kill_self on=1; expect_error; allreduce count=1000 on=0,2; \
                    abort on=0,2";
-    for words in [0, 1] {
-        let job = job(Topology::fabric(3, 1), program).env("TWOSHOT_TIMEOUT_MS", 500);
-        let report = job.env("TWOSHOT_COLLNET_WORDS", words).run();
-        assert_eq!(report.outcomes[1].end, End::Signal(9));
-        for rank in [0, 2] {
-            let outcome = &report.outcomes[rank];
-            assert!(outcome.succeeded() && ms(outcome, "abort") < 8000.0, "{outcome}");
-            expect_released(&report, rank);
-        }
+    let report = job(Topology::fabric(3, 1), program).env("TWOSHOT_TIMEOUT_MS", 500).run();
+    assert_eq!(report.outcomes[1].end, End::Signal(9));
+    for rank in [0, 2] {
+        let outcome = &report.outcomes[rank];
+        assert!(outcome.succeeded() && ms(outcome, "abort") < 8000.0, "{outcome}");
+        expect_released(&report, rank);
     }
 }
 
@@ -191,10 +188,7 @@ fn a_killed_rank_becomes_an_error_of_nccls_and_an_abort_releases_everything() {
 fn without_a_deadline_an_abort_closes_with_requests_in_flight_and_frees_the_kernels() {
     let program = "init; allreduce count=1000 reps=3; abort_in ms=300 on=0; expect_error; allreduce count=1000 on=0; \
                    forget on=0; barrier; abort on=1; init; allreduce count=10; destroy";
-    for words in [0, 1] {
-        let job = job(Topology::fabric(2, 1), program).env("TWOSHOT_TIMEOUT_MS", 0);
-        expect_freed(&job.env("TWOSHOT_COLLNET_WORDS", words).run());
-    }
+    expect_freed(&job(Topology::fabric(2, 1), program).env("TWOSHOT_TIMEOUT_MS", 0).run());
 }
 
 #[track_caller]
@@ -272,44 +266,40 @@ fn ranks_that_give_nccl_other_numbers_of_channels_go_without_collnet() {
 }
 
 #[test]
-fn requests_are_told_done_by_words_in_host_memory_where_the_user_wants_that() {
-    const CALL: &str = "cuStreamWriteValue32_v2";
-    for words in [0, 1] {
-        for (slice, depth) in [(4 << 20, 1), (1 << 14, 8)] {
-            let report =
-                job(Topology::fabric(2, 2), "random calls=12 seed=5 dtypes=f32,f16,i8,f64 max=60000; barrier; destroy")
-                    .args(&["--exact", "0"])
-                    .env("SIM_NCCL_COLLNET_SLICE", slice)
-                    .env("SIM_NCCL_COLLNET_DEPTH", depth)
-                    .env("TWOSHOT_COLLNET_WORDS", words)
-                    .run();
-            expect_collnet(&report, 12.0, &format!("words={words}, slices of {slice}"));
-            for (rank, outcome) in report.outcomes.iter().enumerate() {
-                let stored = report.session.stats(outcome.pid).expect("stats").calls(CALL);
-                // A rank may have had no share of a very short call.
-                assert_eq!(stored >= 6, words == 1, "{stored} words: {outcome}");
-                let told =
-                    report.lines(rank).iter().any(|line| line.contains("; requests: ") && line.contains("us to queue"));
-                assert!(told, "{outcome}");
-            }
+fn slices_of_any_size_and_many_at_once_are_right_and_their_times_are_told() {
+    for (slice, depth) in [(4 << 20, 1), (1 << 14, 8)] {
+        let report =
+            job(Topology::fabric(2, 2), "random calls=12 seed=5 dtypes=f32,f16,i8,f64 max=60000; barrier; destroy")
+                .args(&["--exact", "0"])
+                .env("SIM_NCCL_COLLNET_SLICE", slice)
+                .env("SIM_NCCL_COLLNET_DEPTH", depth)
+                .run();
+        expect_collnet(&report, 12.0, &format!("slices of {slice}"));
+        for (rank, outcome) in report.outcomes.iter().enumerate() {
+            let told =
+                report.lines(rank).iter().any(|line| line.contains("; requests: ") && line.contains("us to queue"));
+            assert!(told, "{outcome}");
         }
     }
 }
 
 #[test]
-fn a_word_that_cannot_be_queued_is_an_error_of_the_call_and_nothing_is_left() {
-    let program = "init; allreduce count=1000 reps=3; barrier; expect_error; allreduce count=1000; abort";
+fn requests_go_through_the_ring_of_large_payloads_where_the_ranks_have_one() {
+    let program = "random calls=8 seed=9 dtypes=f32,bf16,i64 max=70000; allreduce count=90001 dtype=u8; \
+                   allreduce count=5 reps=3; collective name=allgather count=3000; destroy";
     let report = job(Topology::fabric(2, 1), program)
-        .env("TWOSHOT_COLLNET_WORDS", 1)
-        .env("TWOSHOT_TIMEOUT_MS", 500)
-        .env("TWOSHOT_SIM_FAULTS", "rank=0,call=cuStreamWriteValue32_v2,nth=4,code=1")
+        .args(&["--exact", "0"])
+        .env("TWOSHOT_ALGO", "bulk")
+        .env("TWOSHOT_MULTICAST", 0)
+        .env("SIM_NCCL_COLLNET_SLICE", 4 << 20)
         .run();
+    expect_collnet(&report, 12.0, "ring");
     for rank in 0..2 {
-        expect_released(&report, rank);
+        let said = report.lines(rank).iter().any(|line| {
+            line.contains("collnet communicator ends: oneshot 0, twoshot 0, bulk ") && !line.contains("bulk 0,")
+        });
+        assert!(said, "{}", report.outcomes[rank]);
     }
-    // Rank 1's call may have its result before it hears of the failure: its kernel is under way by then.
-    assert!(report.outcomes[0].succeeded(), "{}", report.outcomes[0]);
-    assert!(matches!(report.outcomes[1].end, End::Exit(0 | 1)), "{}", report.outcomes[1]);
 }
 
 /// A tuning file that goes with the test.

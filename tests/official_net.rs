@@ -109,32 +109,6 @@ fn messages_go_straight_into_memory_that_can_be_shared() {
 }
 
 #[test]
-fn messages_of_one_size_and_equally_far_apart_go_as_one_where_the_user_and_the_driver_want_that() {
-    const CALL: &str = "cuMemcpy2DAsync_v2";
-    let fault = format!("rank=0,call={CALL},nth=1,code=1");
-    for (rows, fault, ways) in [("0", "", 0..1), ("1", "", 0..2), ("1", &fault, 1..2)] {
-        for (topology, waiting) in &both_ways()[ways] {
-            let env = [("TWOSHOT_NET_ROWS", rows), ("TWOSHOT_SIM_FAULTS", fault)];
-            let env = if fault.is_empty() { &env[..1] } else { &env[..] };
-            let (session, outcomes) = run_with(topology, ("direct", "mapped"), 11, 57, env);
-            expect_clean(&session, &outcomes, waiting);
-            let calls = outcomes.iter().map(|outcome| session.stats(outcome.pid).expect("stats").calls(CALL));
-            let calls: Vec<u64> = calls.collect();
-            match (rows, fault) {
-                ("0", _) => assert_eq!(calls, [0, 0]),
-                (_, "") => assert!(calls.iter().all(|calls| *calls >= 1), "{calls:?}"),
-                // What the driver does not take goes one by one, then and from then on: so it is the last one.
-                _ => {
-                    assert!(calls[0] == 1 && calls[1] >= 1, "{calls:?}");
-                    let named = |outcome: &Outcome| outcome.stdout.contains("messages of a connection go one by one (");
-                    assert_eq!([named(&outcomes[0]), named(&outcomes[1])], [true, false], "{}", outcomes[0]);
-                }
-            }
-        }
-    }
-}
-
-#[test]
 fn messages_for_memory_that_cannot_be_shared_go_through_the_window_and_the_log_says_so_once() {
     for (topology, waiting) in both_ways() {
         let (session, outcomes) = run_with(&topology, ("direct", "plain"), 11, 31, &[]);

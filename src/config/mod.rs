@@ -66,10 +66,6 @@ pub struct Config {
     pub net: Option<PathBuf>,
     /// `TWOSHOT_NET_DIRECT`: our network copies straight into registered memory where it can.
     pub net_direct: bool,
-    /// `TWOSHOT_NET_ROWS`: messages that are equally far apart go in one copy.
-    pub net_rows: bool,
-    /// `TWOSHOT_COLLNET_WORDS`: requests of the collective network are told done by a word in host memory, not by events.
-    pub collnet_words: bool,
     /// `NCCL_SOCKET_IFNAME`: which interfaces connections between ranks may use.
     pub interfaces: Option<String>,
     /// `TWOSHOT_PDL`: the program's kernels keep the rules of programmatic dependent launch.
@@ -158,8 +154,6 @@ impl Config {
             sample: integer(var, "TWOSHOT_SAMPLE", 0, 1 << 30)?.map_or(0, |n| u32::try_from(n).unwrap_or(0)),
             net: network(var),
             net_direct: switch(var, "TWOSHOT_NET_DIRECT")?.unwrap_or(default.net_direct),
-            net_rows: switch(var, "TWOSHOT_NET_ROWS")?.unwrap_or(default.net_rows),
-            collnet_words: switch(var, "TWOSHOT_COLLNET_WORDS")?.unwrap_or(default.collnet_words),
             interfaces: string(var, "NCCL_SOCKET_IFNAME"),
             stats: text(var, "TWOSHOT_STATS").map(PathBuf::from),
             nvtx: text(var, "NVTX_INJECTION64_PATH").map(PathBuf::from),
@@ -235,8 +229,6 @@ impl Default for Config {
             sample: 0,
             net: None,
             net_direct: true,
-            net_rows: false,
-            collnet_words: false,
             interfaces: None,
             stats: None,
             nvtx: None,

@@ -44,16 +44,6 @@ pub const VARIABLES: &[Variable] = &[
         "With `TWOSHOT_MODE=collnet`: `0` lets the network over NVLink copy through its windows only, never straight into memory that NCCL has registered. Each rank for what it receives.",
     ),
     variable(
-        "TWOSHOT_NET_ROWS",
-        "0",
-        "With `TWOSHOT_MODE=collnet`: `1` lets the network over NVLink copy messages that are of one size and equally far apart at both ends as one. Each rank for what it sends.",
-    ),
-    variable(
-        "TWOSHOT_COLLNET_WORDS",
-        "0",
-        "With `TWOSHOT_MODE=collnet`: `1` lets the GPU tell the end of a request of the collective network by a word in host memory, which NCCL's questions then read, instead of by an event of the driver. Each rank for itself.",
-    ),
-    variable(
         "TWOSHOT_ALGO",
         "auto",
         "`oneshot` or `twoshot` uses only that algorithm, for the sizes it can hold; `bulk` sends everything through the ring of large payloads, where the ranks have one; `switch` is `twoshot` whose sums of f32, f16 and bf16 of any size are made in the switch, where the ranks agreed on that (`TWOSHOT_SWITCH_REDUCE`). Must be the same on all ranks.",

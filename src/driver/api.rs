@@ -118,8 +118,6 @@ api! {
         cuFuncLoad(CUfunction);
         cuCtxGetId(CUcontext, *mut c_ulonglong);
         cuStreamGetId(CUstream, *mut c_ulonglong);
-        cuMemcpy2DAsync_v2(*const CUDA_MEMCPY2D, CUstream);
-        cuStreamWriteValue32_v2(CUstream, CUdeviceptr, c_uint, c_uint);
         cuMemRetainAllocationHandle(*mut CUmemGenericAllocationHandle, *mut c_void);
         cuMemGetAllocationPropertiesFromHandle(*mut CUmemAllocationProp, CUmemGenericAllocationHandle);
         cuMemGetAddressRange_v2(*mut CUdeviceptr, *mut usize, CUdeviceptr);

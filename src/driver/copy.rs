@@ -38,56 +38,6 @@ pub fn copy(context: &Context, to: Place, from: Place, bytes: u64, stream: &Stre
     }
 }
 
-/// Pieces of device memory of one size, as far apart as the next at either end.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Rows {
-    /// Where the first one goes.
-    pub to: u64,
-    /// Where it is.
-    pub from: u64,
-    /// Bytes of each.
-    pub width: u64,
-    /// How many.
-    pub rows: u64,
-    /// From each to the next.
-    pub to_pitch: u64,
-    /// The same of the source.
-    pub from_pitch: u64,
-}
-
-/// Whether the driver copies [`Rows`].
-pub fn copies_rows(context: &Context) -> bool {
-    context.api().cuMemcpy2DAsync_v2.is_some()
-}
-
-/// Queues the copies of all rows as one; the rest as for [`copy`]. Where it fails nothing is queued.
-pub fn copy_rows(context: &Context, rows: &Rows, stream: &Stream) -> Result<()> {
-    let Some(queue) = context.api().cuMemcpy2DAsync_v2 else {
-        return Err(Error::Bug("a driver without copies of rows"));
-    };
-    let what = sys::CUDA_MEMCPY2D {
-        srcXInBytes: 0,
-        srcY: 0,
-        srcMemoryType: sys::CU_MEMORYTYPE_DEVICE,
-        srcHost: std::ptr::null(),
-        srcDevice: rows.from,
-        srcArray: std::ptr::null_mut(),
-        srcPitch: rows.from_pitch as usize,
-        dstXInBytes: 0,
-        dstY: 0,
-        dstMemoryType: sys::CU_MEMORYTYPE_DEVICE,
-        dstHost: std::ptr::null_mut(),
-        dstDevice: rows.to,
-        dstArray: std::ptr::null_mut(),
-        dstPitch: rows.to_pitch as usize,
-        WidthInBytes: rows.width as usize,
-        Height: rows.rows as usize,
-    };
-    let _entered = context.enter()?;
-    // SAFETY: as in `copy`: every row is a copy that it could have queued; the structure is read during the call.
-    super::api::check("cuMemcpy2DAsync", unsafe { queue(&what, stream.raw()) })
-}
-
 /// Queues a fill of the words that cover `[offset, offset + bytes)` of private memory.
 pub fn fill(scratch: &Scratch, offset: u64, bytes: u64, word: u32, stream: &Stream) -> Result<()> {
     let bytes = bytes.next_multiple_of(4);

@@ -9,7 +9,6 @@ mod host;
 mod kernel;
 mod later;
 mod memory;
-mod milestone;
 mod multicast;
 mod nvml;
 pub mod nvtx;
@@ -22,12 +21,11 @@ pub use capture::{
     Capture, bury, capture_of, capturing, order_behind, reap, relax_thread, retain_for_graph, with_relaxed_capture,
 };
 pub use context::{Context, Device, DeviceFacts, Entered};
-pub use copy::{Place, Rows, copies_rows, copy, copy_rows, current_ordinal, device_address, fill, ordinal_at};
+pub use copy::{Place, copy, current_ordinal, device_address, fill, ordinal_at};
 pub use host::HostMemory;
 pub use kernel::{Args, Control, ControlPage, Fault, Kernels, Launch, Module, Multiply, SENTINEL, dependent_launch};
 pub use later::{Remains, Scope, let_go};
 pub use memory::{Allocation, HandleType, Imported, Mapping, Reservation, Scratch, Shareable, granularity};
-pub use milestone::Milestones;
 pub use multicast::{
     AllAdded, BarrierPassed, Claim, Created, Divided, Division, MOST_OBJECTS, MulticastObject, Part, Slot,
     multicast_granularity,

@@ -99,10 +99,6 @@ impl Stream {
         self.raw
     }
 
-    pub(super) fn context(&self) -> &Context {
-        &self.context
-    }
-
     /// Whether all work is done.
     pub fn idle(&self) -> Result<bool> {
         // SAFETY: a live stream.

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -19,7 +19,7 @@ use super::nics;
 use crate::call::{Call, Class, DataType, ReduceOp};
 use crate::comm::{Buffers, Communicator, Ready, State, collect};
 use crate::config::Config;
-use crate::driver::{Context, Event, Milestones, Place, Scratch, Stream, copy, device_address, fill};
+use crate::driver::{Context, Event, Place, Scratch, Stream, copy, device_address, fill};
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
 use crate::route::{Agreement, Plan, Route, decide};
@@ -67,20 +67,11 @@ pub fn supports(dtype: i32, op: i32) -> bool {
     Call { count: 1, dtype: DataType(dtype), op: ReduceOp(op) }.class().is_some()
 }
 
-/// The stream of a communicator, and the points behind its operations where they are not told by events.
-struct Lane {
-    milestones: Option<Milestones>,
-    stream: Stream,
-    last: AtomicU32,
-}
-
 /// One operation under way.
 pub struct Request {
     busy: AtomicBool,
     bytes: AtomicU64,
     event: Event,
-    lane: Arc<Lane>,
-    milestone: AtomicU32,
     ready: Arc<Ready>,
     clock: Arc<Clock>,
 }
@@ -91,7 +82,7 @@ impl Request {
         if let Some(fault) = self.ready.fault() {
             return Err(Error::Kernel(fault.to_string()));
         }
-        if !self.passed()? {
+        if !self.event.done()? {
             return Ok(None);
         }
         let bytes = self.bytes.load(Ordering::Relaxed);
@@ -100,25 +91,8 @@ impl Request {
         Ok(Some(bytes))
     }
 
-    /// Puts the point behind it. Operations of a communicator come from one thread.
-    fn mark(&self) -> Result<()> {
-        let Lane { milestones, stream, last } = &*self.lane;
-        let Some(milestones) = milestones else { return self.event.record(stream.as_raw()) };
-        let number = last.load(Ordering::Relaxed).wrapping_add(1);
-        milestones.put(number, stream)?;
-        last.store(number, Ordering::Relaxed);
-        self.milestone.store(number, Ordering::Relaxed);
-        Ok(())
-    }
-
-    fn passed(&self) -> Result<bool> {
-        let Lane { milestones, stream, .. } = &*self.lane;
-        let Some(milestones) = milestones else { return self.event.done() };
-        milestones.passed(self.milestone.load(Ordering::Relaxed), stream)
-    }
-
     fn in_flight(&self) -> bool {
-        self.busy.load(Ordering::Acquire) && !self.passed().unwrap_or(false)
+        self.busy.load(Ordering::Acquire) && !self.event.done().unwrap_or(false)
     }
 }
 
@@ -164,7 +138,7 @@ pub struct Coll {
     /// Limits without the user's lower one: NCCL has chosen already.
     agreement: Agreement,
     scratch: Scratch,
-    lane: Arc<Lane>,
+    stream: Stream,
     exchange: TcpExchange,
     context: Arc<Context>,
 }
@@ -208,19 +182,17 @@ impl Coll {
         context: Arc<Context>,
     ) -> Result<Self> {
         let agreement = Agreement { min_bytes: 0, ..*ready.agreement() };
-        if Class::ALL.into_iter().any(|class| class.packing().payload(largest(&agreement)) < 8) {
+        let room = |class: Class| class.packing().payload(staged(&agreement)).max(agreement.bulk_bytes);
+        if Class::ALL.into_iter().any(|class| room(class) < 8) {
             return Err(Error::Protocol("TWOSHOT_MAX_BYTES leaves no room for a single element"));
         }
-        let milestones = if Config::get().collnet_words { Milestones::new(&context)? } else { None };
-        let lane = Arc::new(Lane { milestones, stream: Stream::first(&context)?, last: AtomicU32::new(0) });
+        let stream = Stream::first(&context)?;
         let clock = Arc::new(Clock::new());
         let request = |_| {
             Ok(Arc::new(Request {
                 busy: AtomicBool::new(false),
                 bytes: AtomicU64::new(0),
                 event: Event::new(&context)?,
-                lane: Arc::clone(&lane),
-                milestone: AtomicU32::new(0),
                 ready: Arc::clone(&ready),
                 clock: Arc::clone(&clock),
             }))
@@ -228,7 +200,7 @@ impl Coll {
         let requests = (0..REQUESTS).map(request).collect::<Result<_>>()?;
         let scratch = Scratch::new(&context, SCRATCH)?;
         let next = AtomicUsize::new(0);
-        Ok(Self { communicator, ready, requests, clock, next, agreement, scratch, lane, exchange, context })
+        Ok(Self { communicator, ready, requests, clock, next, agreement, scratch, stream, exchange, context })
     }
 
     fn take(&self) -> Option<&Arc<Request>> {
@@ -246,7 +218,7 @@ impl Coll {
         let Some(request) = self.take() else { return Ok(None) };
         let queued = self.context.enter().and_then(|_entered| {
             queue()?;
-            request.mark()
+            request.event.record(self.stream.as_raw())
         });
         request.bytes.store(bytes, Ordering::Relaxed);
         if let Err(error) = queued {
@@ -264,15 +236,18 @@ impl Coll {
         }
     }
 
-    /// Elements of a piece that one launch takes.
+    /// Elements of a piece, the most for which there is a plan, and bytes of one.
     fn piece(&self, dtype: DataType, op: ReduceOp) -> Option<(u64, u64)> {
         let class = Call { count: 1, dtype, op }.class()?;
         let size = dtype.size()?;
-        Some((class.packing().payload(largest(&self.agreement)) / size, size))
+        let ring = self.agreement.bulk_bytes / size;
+        let through_the_ring = matches!(decide(&Call { count: ring, dtype, op }, &self.agreement), Route::Routed(_));
+        let stages = class.packing().payload(staged(&self.agreement)) / size;
+        Some((if through_the_ring { ring.max(stages) } else { stages }, size))
     }
 
     fn launch(&self, plan: Plan, input: u64, output: u64, count: u64) -> Result<()> {
-        self.ready.launch_alone(plan, Buffers { input, output, count, stream: self.lane.stream.as_raw() })
+        self.ready.launch_alone(plan, Buffers { input, output, count, stream: self.stream.as_raw() })
     }
 
     /// Reduces `count` elements of all ranks; payloads that one launch does not take are cut into pieces.
@@ -312,10 +287,10 @@ impl Coll {
         let rank = u64::from(self.ready.rank());
         self.issue(window.bytes, || {
             pieces(parts, most.min(SCRATCH), |address, at, bytes| {
-                fill(&self.scratch, 0, bytes, 0, &self.lane.stream)?;
+                fill(&self.scratch, 0, bytes, 0, &self.stream)?;
                 if let Some((to, from, bytes)) = window.own(rank, at, bytes) {
                     let (to, from) = (Place::Device(self.scratch.address() + to), Place::Device(own + from));
-                    copy(&self.context, to, from, bytes, &self.lane.stream)?;
+                    copy(&self.context, to, from, bytes, &self.stream)?;
                 }
                 self.launch(self.plan(bytes, dtype, op)?, self.scratch.address(), address, bytes)
             })
@@ -344,7 +319,7 @@ impl Coll {
                 self.launch(self.plan(count, dtype, op)?, address, self.scratch.address(), count)?;
                 if let Some((from, to, bytes)) = window.own(rank, at, bytes) {
                     let (to, from) = (Place::Device(own + to), Place::Device(self.scratch.address() + from));
-                    copy(&self.context, to, from, bytes, &self.lane.stream)?;
+                    copy(&self.context, to, from, bytes, &self.stream)?;
                 }
                 Ok(())
             })
@@ -360,10 +335,10 @@ impl Coll {
     /// Ends the communicator. Requests in flight are given up: their kernels are told to leave first. Where other ranks
     /// have not ended, as after an abort, their kernels may still store into this rank's memory: it goes later then.
     pub fn close(self) {
-        let Self { communicator, ready, requests, clock, scratch, lane, exchange, context, .. } = self;
+        let Self { communicator, ready, requests, clock, scratch, stream, exchange, context, .. } = self;
         collect();
         let device = context.device().ordinal();
-        let marked = ready.mark(lane.stream.as_raw());
+        let marked = ready.mark(stream.as_raw());
         if requests.iter().any(|request| request.in_flight()) {
             warning!(device, "collnet: a communicator is closed with requests in flight");
             communicator.cancel();
@@ -377,7 +352,7 @@ impl Coll {
         drop(requests);
         drop(communicator);
         // Copies of gathered windows too. What does not end is reported by the release.
-        let idle = matches!(lane.stream.wait(PATIENCE), Ok(true));
+        let idle = matches!(stream.wait(PATIENCE), Ok(true));
         match marked {
             Err(error) if !idle => {
                 warning!(device, "{error} while a collnet communicator ends: its memory is kept");
@@ -387,7 +362,7 @@ impl Coll {
         }
         if !idle {
             // What is still to come works on them.
-            std::mem::forget((scratch, lane));
+            std::mem::forget((scratch, stream));
         }
         if let Some(path) = &Config::get().stats {
             record::write(path);
@@ -431,8 +406,8 @@ fn alike(exchange: &mut TcpExchange) -> Result<()> {
     Ok(())
 }
 
-/// Largest payload, in bytes carried, of one launch.
-fn largest(agreement: &Agreement) -> u64 {
+/// Largest payload, in bytes carried, that goes through the stages.
+fn staged(agreement: &Agreement) -> u64 {
     agreement.twoshot_bytes.max(agreement.oneshot_bytes)
 }
 

@@ -1,90 +1,36 @@
-//! Messages of a batch whose copies can be one: they lie side by side at both ends, or are of one size and equally far
-//! apart, as the steps of a channel do in NCCL's shared buffers.
+//! Messages of a batch whose copies can be one, because they lie side by side at both ends.
 #![forbid(unsafe_code)]
 
-use crate::driver::{Context, Place, Rows, Stream, copy, copy_rows};
+use crate::driver::{Context, Place, Stream, copy};
 use crate::error::Result;
-use crate::info;
-
-/// What the driver takes for a distance.
-const FAR: u64 = 1 << 30;
 
 /// Copies straight into memory that can be one.
 pub struct Run {
     to: u64,
     from: Place,
-    width: u64,
-    rows: u64,
-    /// From each to the next, at the other end and here.
-    apart: (u64, u64),
+    bytes: u64,
 }
 
 impl Run {
     /// The first one.
     pub fn new(to: u64, from: Place, bytes: u64) -> Self {
-        Self { to, from, width: bytes, rows: 1, apart: (0, 0) }
+        Self { to, from, bytes }
     }
 
-    /// Takes one more copy in, if all can still be one; `rows`: also with something in between.
-    pub fn takes(&mut self, to: u64, from: Place, bytes: u64, rows: bool) -> bool {
-        let (Some(there), Some(here)) = (to.checked_sub(self.to), distance(self.from, from)) else { return false };
-        if self.rows == 1 && (there, here) == (self.width, self.width) {
-            self.width += bytes;
-            return true;
-        }
-        let device = matches!(from, Place::Device(_));
-        if !rows || !device || bytes != self.width {
-            return false;
-        }
-        let fits = |apart: u64| apart >= bytes && apart <= FAR;
-        let next = match self.rows {
-            1 => fits(there) && fits(here),
-            rows => (there, here) == (self.apart.0 * rows, self.apart.1 * rows),
+    /// Takes one more copy in, if it goes on where all so far end.
+    pub fn takes(&mut self, to: u64, from: Place, bytes: u64) -> bool {
+        let next = match self.from {
+            Place::Host(at) => Place::Host(at + self.bytes),
+            Place::Device(at) => Place::Device(at + self.bytes),
         };
-        if next {
-            self.apart = if self.rows == 1 { (there, here) } else { self.apart };
-            self.rows += 1;
-        }
-        next
+        let goes_on = (self.to + self.bytes, next) == (to, from);
+        self.bytes += if goes_on { bytes } else { 0 };
+        goes_on
     }
 
-    /// Queues it. Rows that the driver does not take as one go one by one, then and from then on (`rows`).
-    pub fn queue(run: Option<Self>, context: &Context, stream: &Stream, rows: &mut bool) -> Result<()> {
-        let Some(run) = run else { return Ok(()) };
-        if let (Some(together), true) = (run.together(), *rows) {
-            let Err(error) = copy_rows(context, &together, stream) else { return Ok(()) };
-            info!(context.device().ordinal(), "network: messages of a connection go one by one ({error})");
-            *rows = false;
-        }
-        run.each(|to, from, bytes| copy(context, Place::Device(to), from, bytes, stream))
-    }
-
-    fn together(&self) -> Option<Rows> {
-        let Place::Device(from) = self.from else { return None };
-        let &Self { to, width, rows, apart: (to_pitch, from_pitch), .. } = self;
-        (rows > 1).then_some(Rows { to, from, width, rows, to_pitch, from_pitch })
-    }
-
-    fn each(&self, mut visit: impl FnMut(u64, Place, u64) -> Result<()>) -> Result<()> {
-        (0..self.rows)
-            .try_for_each(|row| visit(self.to + row * self.apart.0, moved(self.from, row * self.apart.1), self.width))
-    }
-}
-
-fn moved(place: Place, by: u64) -> Place {
-    match place {
-        Place::Host(at) => Place::Host(at + by),
-        Place::Device(at) => Place::Device(at + by),
-    }
-}
-
-/// How far the second place lies behind the first.
-fn distance(first: Place, second: Place) -> Option<u64> {
-    match (first, second) {
-        (Place::Host(first), Place::Host(second)) | (Place::Device(first), Place::Device(second)) => {
-            second.checked_sub(first)
-        }
-        _ => None,
+    /// Queues it.
+    pub fn queue(run: Option<Self>, context: &Context, stream: &Stream) -> Result<()> {
+        run.map_or(Ok(()), |run| copy(context, Place::Device(run.to), run.from, run.bytes, stream))
     }
 }
 
@@ -93,52 +39,40 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Bytes as pairs of where they go and where they are, of a run as one copy and of its rows one by one.
-    fn bytes(run: &Run) -> Vec<(u64, Place)> {
-        let mut all = Vec::new();
-        run.each(|to, from, bytes| {
-            all.extend((0..bytes).map(|i| (to + i, moved(from, i))));
-            Ok(())
-        })
-        .expect("no copy fails");
-        if let Some(Rows { to, from, width, rows, to_pitch, from_pitch }) = run.together() {
-            let rows = (0..rows).flat_map(|row| (0..width).map(move |i| (row, i)));
-            let again: Vec<_> =
-                rows.map(|(row, i)| (to + row * to_pitch + i, Place::Device(from + row * from_pitch + i))).collect();
-            assert_eq!(all, again);
-            assert!(to_pitch >= width && from_pitch >= width);
+    fn moved(place: Place, by: u64) -> Place {
+        match place {
+            Place::Host(at) => Place::Host(at + by),
+            Place::Device(at) => Place::Device(at + by),
         }
-        all
+    }
+
+    /// Bytes as pairs of where they go and where they are.
+    fn bytes(to: u64, from: Place, bytes: u64) -> impl Iterator<Item = (u64, Place)> {
+        (0..bytes).map(move |i| (to + i, moved(from, i)))
     }
 
     proptest! {
         #[test]
-        fn whatever_is_taken_in_every_byte_of_it_is_copied_once_to_where_it_belongs(
-            messages in prop::collection::vec((0u64..40, 0u64..40, 1u64..6, any::<bool>()), 1..12), rows: bool,
-            pitch in prop::option::of((4u64..9, 4u64..9)), start in 1u64..1000,
+        fn every_byte_of_every_message_is_copied_once_to_where_it_belongs_and_side_by_side_as_one(
+            messages in prop::collection::vec((0u64..4, 0u64..4, 1u64..6, any::<bool>()), 1..12), start in 1u64..1000,
         ) {
-            // Anywhere, or as NCCL lays steps out.
-            let place = |i: usize, (to, from, bytes, host): (u64, u64, u64, bool)| match pitch {
-                Some((there, here)) => (start + i as u64 * there, Place::Device(start + i as u64 * here), 4),
-                None if host => (start + to, Place::Host(start + from), bytes),
-                None => (start + to, Place::Device(start + from), bytes),
-            };
-            let messages: Vec<_> = messages.into_iter().enumerate().map(|(i, message)| place(i, message)).collect();
+            // Behind the one before, or with a gap at either end, or in memory of the other kind.
+            let (mut to, mut from, mut apart, mut was) = (start, start, 0, None);
             let mut runs: Vec<Run> = Vec::new();
-            for (to, from, bytes) in &messages {
-                if !runs.last_mut().is_some_and(|run| run.takes(*to, *from, *bytes, rows)) {
-                    runs.push(Run::new(*to, *from, *bytes));
+            let mut want = Vec::new();
+            for (there, here, size, host) in messages {
+                to += there / 2;
+                from += here / 2;
+                let place = if host { Place::Host(from) } else { Place::Device(from) };
+                apart += u32::from(there > 1 || here > 1 || was != Some(host));
+                want.extend(bytes(to, place, size));
+                if !runs.last_mut().is_some_and(|run| run.takes(to, place, size)) {
+                    runs.push(Run::new(to, place, size));
                 }
+                (to, from, was) = (to + size, from + size, Some(host));
             }
-            let want: Vec<_> = messages
-                .iter()
-                .flat_map(|(to, from, bytes)| (0..*bytes).map(move |i| (to + i, moved(*from, i))))
-                .collect();
-            prop_assert_eq!(runs.iter().flat_map(bytes).collect::<Vec<_>>(), want);
-            prop_assert!(rows || runs.iter().all(|run| run.together().is_none()));
-            if rows && pitch.is_some() {
-                prop_assert_eq!(runs.len(), 1, "steps of one channel are one copy");
-            }
+            prop_assert_eq!(runs.len() as u32, apart);
+            prop_assert_eq!(runs.iter().flat_map(|run| bytes(run.to, run.from, run.bytes)).collect::<Vec<_>>(), want);
         }
     }
 }

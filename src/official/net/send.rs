@@ -13,8 +13,7 @@ use super::request::{GROUP, Progress, REQUESTS, Request};
 use super::run::Run;
 use super::traffic;
 use super::wire::{Frame, NO_SLOT};
-use crate::config::Config;
-use crate::driver::{Place, copies_rows, copy};
+use crate::driver::{Place, copy};
 use crate::error::{Error, Result};
 use crate::warning;
 
@@ -80,8 +79,6 @@ struct State {
     flying: VecDeque<Flight>,
     /// Done, but what the receiver has to know may not have left yet.
     said: VecDeque<(usize, u64)>,
-    /// Copies of equal size, equally far apart, go as one.
-    rows: bool,
     broken: bool,
     _open: traffic::Open,
 }
@@ -96,7 +93,6 @@ impl SendComm {
     /// Takes over a connection.
     pub fn new((link, reach): (Link, Reached), owner: &Weak<dyn Progress>) -> Self {
         let open = traffic::Open::new(link.context.device().ordinal());
-        let rows = Config::get().net_rows && copies_rows(&link.context);
         let state = State {
             link,
             reach,
@@ -105,7 +101,6 @@ impl SendComm {
             free: (0..SLOTS as u32).rev().collect(),
             flying: VecDeque::with_capacity(REQUESTS + SLOTS),
             said: VecDeque::with_capacity(REQUESTS),
-            rows,
             broken: false,
             _open: open,
         };
@@ -238,12 +233,10 @@ impl State {
                 self.said.push_back((message.request, 0));
             } else if let Some((far, to)) = far.take() {
                 let memory = Arc::as_ptr(&far);
-                let taken = run
-                    .as_mut()
-                    .is_some_and(|(run, before)| *before == memory && run.takes(to, place, total, self.rows));
+                let taken = run.as_mut().is_some_and(|(run, before)| *before == memory && run.takes(to, place, total));
                 if !taken {
                     let before = run.replace((Run::new(to, place, total), memory)).map(|(run, _)| run);
-                    Run::queue(before, context, stream, &mut self.rows)?;
+                    Run::queue(before, context, stream)?;
                 }
                 message.issued = total;
                 let told = Frame::Direct { seq, index, total };
@@ -269,7 +262,7 @@ impl State {
                 break;
             }
         }
-        Run::queue(run.map(|(run, _)| run), context, stream, &mut self.rows)?;
+        Run::queue(run.map(|(run, _)| run), context, stream)?;
         if pieces > 0 {
             batches.close(pieces, stream)?;
         }

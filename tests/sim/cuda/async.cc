@@ -29,39 +29,6 @@ CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CU
     return put(stream, "memcpy", [=] { memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); });
 }
 
-// Every row has to be in memory, what lies between them need not be.
-CUresult cuMemcpy2DAsync_v2(const CUDA_MEMCPY2D* what, CUstream stream) {
-    SIM_ENTRY(0);
-    if (!what) return CUDA_ERROR_INVALID_VALUE;
-    const CUDA_MEMCPY2D rows = *what;
-    if (rows.srcMemoryType != CU_MEMORYTYPE_DEVICE || rows.dstMemoryType != CU_MEMORYTYPE_DEVICE || rows.srcXInBytes ||
-        rows.srcY || rows.dstXInBytes || rows.dstY || rows.srcPitch < rows.WidthInBytes ||
-        rows.dstPitch < rows.WidthInBytes || rows.srcPitch > INT32_MAX || rows.dstPitch > INT32_MAX) {
-        return CUDA_ERROR_INVALID_VALUE;
-    }
-    for (size_t row = 0; row < rows.Height; ++row) {
-        if (!reachable(rows.dstDevice + row * rows.dstPitch, rows.WidthInBytes) ||
-            !reachable(rows.srcDevice + row * rows.srcPitch, rows.WidthInBytes)) {
-            return CUDA_ERROR_INVALID_VALUE;
-        }
-    }
-    return put(stream, "memcpy", [rows] {
-        for (size_t row = 0; row < rows.Height; ++row) {
-            memmove(reinterpret_cast<void*>(rows.dstDevice + row * rows.dstPitch),
-                    reinterpret_cast<void*>(rows.srcDevice + row * rows.srcPitch), rows.WidthInBytes);
-        }
-    });
-}
-
-// Behind all work before it, and seen by the host with everything that work stored.
-CUresult cuStreamWriteValue32_v2(CUstream stream, CUdeviceptr address, unsigned int value, unsigned int flags) {
-    SIM_ENTRY(0);
-    if (flags || address % 4 || !reachable(address, 4)) return CUDA_ERROR_INVALID_VALUE;
-    return put(stream, "write", [=] {
-        __atomic_store_n(reinterpret_cast<unsigned*>(address), value, __ATOMIC_RELEASE);
-    });
-}
-
 CUresult cuMemsetD32Async(CUdeviceptr to, unsigned int word, size_t words, CUstream stream) {
     SIM_ENTRY(0);
     if (to % 4 || !reachable(to, words * 4)) return CUDA_ERROR_INVALID_VALUE;

@@ -26,7 +26,7 @@ namespace {
     ENTRY(cuMemGetAllocationPropertiesFromHandle, 0) ENTRY(cuMemGetInfo_v2, 0) \
     ENTRY(cuMemHostAlloc, 0) ENTRY(cuMemHostGetDevicePointer_v2, 0) ENTRY(cuMemImportFromShareableHandle, 0) \
     ENTRY(cuMemMap, 0) ENTRY(cuMemRelease, 0) ENTRY(cuMemRetainAllocationHandle, 0) ENTRY(cuMemSetAccess, 0) \
-    ENTRY(cuMemUnmap, 0) ENTRY(cuMemcpy2DAsync_v2, 0) ENTRY(cuMemcpyDtoDAsync_v2, 0) ENTRY(cuMemcpyDtoD_v2, 0) ENTRY(cuMemcpyDtoHAsync_v2, 0) \
+    ENTRY(cuMemUnmap, 0) ENTRY(cuMemcpyDtoDAsync_v2, 0) ENTRY(cuMemcpyDtoD_v2, 0) ENTRY(cuMemcpyDtoHAsync_v2, 0) \
     ENTRY(cuMemcpyDtoH_v2, 0) ENTRY(cuMemcpyHtoDAsync_v2, 0) ENTRY(cuMemcpyHtoD_v2, 0) ENTRY(cuMemsetD32Async, 0) \
     ENTRY(cuMemsetD32_v2, 0) ENTRY(cuMemsetD8Async, 0) ENTRY(cuMemsetD8_v2, 0) ENTRY(cuModuleGetFunction, 0) \
     ENTRY(cuModuleLoadData, 0) ENTRY(cuModuleUnload, 0) ENTRY(cuMulticastAddDevice, 0) ENTRY(cuMulticastBindMem, 0) \
@@ -36,7 +36,7 @@ namespace {
     ENTRY(cuStreamDestroy_v2, 0) ENTRY(cuStreamEndCapture, 0) ENTRY(cuStreamGetCaptureInfo_v2, 11030) \
     ENTRY(cuStreamGetCaptureInfo_v3, 12030) ENTRY(cuStreamGetCtx, 0) ENTRY(cuStreamGetId, 12000) ENTRY(cuStreamIsCapturing, 0) \
     ENTRY(cuStreamQuery, 0) ENTRY(cuStreamSynchronize, 0) ENTRY(cuStreamUpdateCaptureDependencies, 11030) \
-    ENTRY(cuStreamUpdateCaptureDependencies_v2, 12030) ENTRY(cuStreamWaitEvent, 0) ENTRY(cuStreamWriteValue32_v2, 11070) \
+    ENTRY(cuStreamUpdateCaptureDependencies_v2, 12030) ENTRY(cuStreamWaitEvent, 0) \
     ENTRY(cuThreadExchangeStreamCaptureMode, 0) ENTRY(cuUserObjectCreate, 0) ENTRY(cuUserObjectRelease, 0)
 
 struct Symbol {
