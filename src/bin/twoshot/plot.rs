@@ -367,6 +367,21 @@ mod tests {
     }
 
     #[test]
+    fn a_library_that_was_timed_in_graphs_only_has_a_line_there_and_none_among_eager_calls() {
+        let mut row = serde_json::to_value(record()).unwrap();
+        let graph = times(3.0)["graph"].clone();
+        row["rows"][0]["others_us"] = json!({"FlashInfer": {"graph": graph}});
+        let record: Record = serde_json::from_value(row).unwrap();
+        let points = |way| {
+            lines(std::slice::from_ref(&record), way)
+                .iter()
+                .find(|line| line.name == "FlashInfer")
+                .map(|line| line.points.len())
+        };
+        assert_eq!((points(Way::Graph), points(Way::Eager)), (Some(3), Some(2)));
+    }
+
+    #[test]
     fn every_path_that_was_timed_is_a_line_and_what_went_to_stock_is_not_drawn_as_ours() {
         let found = lines(&[record()], Way::Graph);
         let names: Vec<_> = found.iter().map(|line| (line.name.as_str(), line.points.len())).collect();

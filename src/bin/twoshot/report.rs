@@ -23,6 +23,10 @@ pub struct Figure {
 }
 
 impl Figure {
+    fn absent(&self) -> bool {
+        *self == Self::default()
+    }
+
     /// From one list of repetitions per rank.
     pub fn of(ranks: &[&[f64]]) -> Option<Self> {
         let repetitions = ranks.iter().map(|samples| samples.len()).min()?;
@@ -40,11 +44,15 @@ fn rounded(value: f64) -> f64 {
     (value * 1e3).round() / 1e3
 }
 
-/// Times of one path.
+/// Times of one path; zero where nobody measured it, as for a library that has graphs only.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
 pub struct Times {
+    #[serde(skip_serializing_if = "Figure::absent")]
     pub eager: Figure,
+    #[serde(skip_serializing_if = "Figure::absent")]
     pub graph: Figure,
+    #[serde(skip_serializing_if = "Figure::absent")]
     pub host: Figure,
 }
 

@@ -98,13 +98,14 @@ const BY_NAME: &str = "libnccl-net-twoshot.so";
 /// sends between nodes into pieces of 128 KiB, and every piece costs its progress thread microseconds (16 MiB: 1345 us, with
 /// this 500, 2 H100). The library itself cannot say so: NCCL asks the environment, which a plugin must not change under a
 /// running program's threads.
-const OFFICIAL: [(&str, &str); 6] = [
+const OFFICIAL: [(&str, &str); 7] = [
     ("TWOSHOT_MODE", "collnet"),
     ("NCCL_COLLNET_ENABLE", "1"),
     ("NCCL_MNNVL_ENABLE", "0"),
     ("NCCL_NET_GDR_LEVEL", "SYS"),
     ("CUDA_MODULE_LOADING", "EAGER"),
     ("NCCL_P2P_NET_CHUNKSIZE", "524288"),
+    ("NCCL_MIN_NCHANNELS", "8"),
 ];
 
 /// The variables that a door needs, given those that are set.
@@ -210,13 +211,13 @@ mod tests {
 
     #[test]
     fn the_official_door_tells_nccl_what_it_needs_and_leaves_what_the_user_has_said() {
-        let all = composed(Door::Collnet, None, &[("NCCL_MIN_NCHANNELS", "8")]);
+        let all = composed(Door::Collnet, None, &[("TWOSHOT_MAX_BLOCKS", "8")]);
         assert_eq!(all[0], ("NCCL_NET_PLUGIN", LIBRARY.to_owned()));
         assert_eq!(all[1..], OFFICIAL.map(|(name, value)| (name, value.to_owned())));
         let set = [("NCCL_P2P_NET_CHUNKSIZE", "262144"), ("NCCL_NET_GDR_LEVEL", "SYS"), ("TWOSHOT_MODE", "")];
         let names: Vec<_> = composed(Door::Collnet, None, &set).into_iter().map(|(name, _)| name).collect();
         assert!(!names.contains(&"NCCL_P2P_NET_CHUNKSIZE") && !names.contains(&"NCCL_NET_GDR_LEVEL"));
-        assert!(names.contains(&"TWOSHOT_MODE") && names.len() == 5);
+        assert!(names.contains(&"TWOSHOT_MODE") && names.len() == 6);
     }
 
     #[test]
