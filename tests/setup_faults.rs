@@ -19,15 +19,15 @@ mod world;
 
 use world::World;
 
-/// Every call of every rank with every effect, at one of the call's uses; `TWOSHOT_SWEEP_SEED` takes other uses than
-/// CI's, and `TWOSHOT_SWEEP=full` takes them all.
+/// Every call of every rank with half of the codes, blocked and late, each at one of the call's uses; `TWOSHOT_SWEEP_SEED`
+/// takes others than CI's, and `TWOSHOT_SWEEP=full` takes them all.
 fn sweep(world: World) {
     let cells = sweep::all(world, &world.census());
     if std::env::var("TWOSHOT_SWEEP").is_ok_and(|wanted| wanted == "full") {
         return sweep::run(world, &cells);
     }
     let seed = std::env::var("TWOSHOT_SWEEP_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
-    eprintln!("{world:?}: one use of {} cells, seed {seed}", cells.len());
+    eprintln!("{world:?}: some of {} cells, seed {seed}", cells.len());
     sweep::run(world, &sweep::every_rank(&cells, seed));
 }
 
