@@ -8,7 +8,7 @@ mod model;
 
 use model::call::{Call, Shape};
 use model::config::{Config, Mutant};
-use model::machine::Violation;
+use model::machine::{Model, Violation};
 use model::search::{Order, explore};
 use model::trace::render;
 
@@ -34,11 +34,11 @@ fn multicast<const N: usize>(calls: [Call; N]) -> [Call; N] {
 
 #[track_caller]
 fn holds(what: &str, config: &Config) {
-    let report = explore(config, Order::Depth);
+    let report = explore(&Model::new(config.clone()), Order::Depth);
     println!("{what}: {} states, {} transitions, {:.2?}", report.states, report.transitions, report.time);
     if let Some(found) = &report.counterexample {
         // Again, breadth first, for a run that a person can read.
-        let shortest = explore(config, Order::Breadth).counterexample;
+        let shortest = explore(&Model::new(config.clone()), Order::Breadth).counterexample;
         panic!("{what}:\n{}", render(config, shortest.as_ref().unwrap_or(found)));
     }
     assert!(report.rests > 0, "{what}: no run ever came to rest");
@@ -47,7 +47,7 @@ fn holds(what: &str, config: &Config) {
 /// The search finds harm: a wrong result or a hang, not merely a broken invariant.
 #[track_caller]
 fn fails(what: &str, config: &Config, order: Order) {
-    let report = explore(config, order);
+    let report = explore(&Model::new(config.clone()), order);
     let (states, time) = (report.states, report.time);
     let found = report.counterexample.unwrap_or_else(|| panic!("{what}: not rejected in {states} states"));
     println!("{what}: rejected after {states} states, {time:.2?}\n{}", render(config, &found));
@@ -384,7 +384,7 @@ fn the_reduced_search_is_not_blind_to_the_faults_that_the_full_search_finds() {
             runs.push(faulty);
         }
         for config in runs {
-            let report = explore(&config, Order::Depth);
+            let report = explore(&Model::new(config.clone()), Order::Depth);
             println!("reduced search, {mutant:?}, {:?}: {} states", config.horizon, report.states);
             assert!(report.counterexample.is_some(), "{mutant:?}");
         }

@@ -2,6 +2,7 @@
 
 use super::call::{Op, Shape, Style, program};
 use super::config::{Config, Horizon, Mutant, Reduction, Variant};
+use super::search::Machine;
 use super::state::{
     Actor, Dimensions, MAX_ACTORS, MAX_LAUNCHES, MAX_LINES, MAX_THREADS, OLD, State, Thread, WORDS, Word,
 };
@@ -78,7 +79,7 @@ impl Model {
         Self { config, size, programs }
     }
 
-    pub fn initial(&self) -> State {
+    fn start(&self) -> State {
         let content = if self.config.initialise { OLD } else { 0 };
         let mut state = State {
             memory: [[Word(0); WORDS]; MAX_LINES],
@@ -140,7 +141,7 @@ impl Model {
         &self.programs[call][shape][self.rank(actor)][thread]
     }
 
-    pub fn all_done(&self, state: &State) -> bool {
+    fn all_done(&self, state: &State) -> bool {
         let mut threads = state.threads[..self.size.actors].iter().flatten();
         match self.config.horizon {
             Horizon::Launches(n) => threads.all(|t| t.pc == 0 && t.launch == n),
@@ -148,8 +149,7 @@ impl Model {
         }
     }
 
-    /// Calls `emit` with each step that is possible, and with the state it leads to.
-    pub fn successors(&self, state: &State, mut emit: impl FnMut(Step, Result<State, Violation>)) {
+    fn steps(&self, state: &State, mut emit: impl FnMut(Step, Result<State, Violation>)) {
         if self.config.reduction == Reduction::Eager
             && let Some((step, next)) = self.early_landing(state)
         {
@@ -345,7 +345,7 @@ impl Model {
     }
 
     /// The state at rest: with all buffers drained, only sentinels, or only recorded dirt.
-    pub fn rearmed(&self, state: &State) -> Outcome {
+    fn rearmed(&self, state: &State) -> Outcome {
         let mut state = *state;
         for a in 0..self.size.actors {
             self.drain_window(&mut state, a);
@@ -362,6 +362,42 @@ impl Model {
             }
         }
         Ok(())
+    }
+}
+
+impl Machine for Model {
+    type State = State;
+    type Step = Step;
+    type Violation = Violation;
+
+    fn initial(&self) -> State {
+        self.start()
+    }
+
+    fn fingerprint(&self, state: &State) -> u128 {
+        state.fingerprint(self.size)
+    }
+
+    fn successors(&self, state: &State, emit: impl FnMut(Step, Result<State, Violation>)) {
+        self.steps(state, emit);
+    }
+
+    fn at_rest(&self, state: &State) -> bool {
+        self.all_done(state)
+    }
+
+    /// A fault has to show harm to a result or to progress, not only an untidy end.
+    fn check_rest(&self, state: &State) -> Outcome {
+        if self.config.mutant.is_none() { self.rearmed(state) } else { Ok(()) }
+    }
+
+    fn check_stuck(&self, state: &State) -> Outcome {
+        let finished = self.all_done(state) && self.config.horizon != Horizon::Unbounded;
+        if finished { Ok(()) } else { Err(Violation::Deadlock) }
+    }
+
+    fn base(&self, state: &State) -> u32 {
+        state.base
     }
 }
 

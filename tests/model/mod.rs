@@ -1,11 +1,13 @@
 //! An explicit-state model of the sentinel protocol, searched exhaustively.
 //!
-//! `call` says what each thread of a launch does, `config` what is explored, `state` packs a global state, `machine` has
-//! the steps and `kernel` those of a thread, `search` visits every reachable state, `trace` prints a counterexample.
-//! Prose: `docs/protocol-model.md`.
+//! `call` says what each thread of a launch does, `config` what is explored, `state` packs a global state, `machine`
+//! has the steps and `kernel` those of a thread, `search` visits every reachable state (known by `fingerprint`),
+//! `trace` prints a counterexample. Prose: `docs/protocol-model.md`. The ring of large payloads has a model of its own,
+//! `ring`.
 
 pub mod call;
 pub mod config;
+pub mod fingerprint;
 pub mod kernel;
 pub mod machine;
 pub mod search;

@@ -3,24 +3,40 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::config::{Config, Horizon};
-use super::machine::{Model, Step, Violation};
-use super::state::State;
+/// What is searched: a transition system whose states are few enough to visit all of them.
+pub trait Machine {
+    type State: Copy;
+    type Step: Copy;
+    type Violation;
 
-/// What one exploration found.
-pub struct Report {
-    pub states: usize,
-    pub transitions: usize,
-    /// States in which every rank was between two launches and the stages were checked.
-    pub rests: usize,
-    pub time: Duration,
-    pub counterexample: Option<Counterexample>,
+    fn initial(&self) -> Self::State;
+    fn fingerprint(&self, state: &Self::State) -> u128;
+    /// Calls `emit` with each step that is possible, and with the state it leads to; always in the same order.
+    fn successors(&self, state: &Self::State, emit: impl FnMut(Self::Step, Result<Self::State, Self::Violation>));
+    /// Whether nothing is under way on any rank.
+    fn at_rest(&self, state: &Self::State) -> bool;
+    /// What must hold in such a state.
+    fn check_rest(&self, state: &Self::State) -> Result<(), Self::Violation>;
+    /// What it means that no step is possible: nothing, if runs may end here.
+    fn check_stuck(&self, state: &Self::State) -> Result<(), Self::Violation>;
+    /// By how much launches have been renamed, for printing.
+    fn base(&self, state: &Self::State) -> u32;
 }
 
-pub struct Counterexample {
-    pub violation: Violation,
+/// What one exploration found.
+pub struct Report<M: Machine> {
+    pub states: usize,
+    pub transitions: usize,
+    /// States in which every rank was between two launches, and which were checked.
+    pub rests: usize,
+    pub time: Duration,
+    pub counterexample: Option<Counterexample<M>>,
+}
+
+pub struct Counterexample<M: Machine> {
+    pub violation: M::Violation,
     /// Each step with the base epoch at which it was taken.
-    pub steps: Vec<(u32, Step)>,
+    pub steps: Vec<(u32, M::Step)>,
 }
 
 /// The order in which states are taken up.
@@ -30,14 +46,13 @@ pub enum Order {
     Depth,
 }
 
-/// Explores every state that the configuration can reach, or stops at the first violation.
-pub fn explore(config: &Config, order: Order) -> Report {
+/// Explores every state that the machine can reach, or stops at the first violation.
+pub fn explore<M: Machine>(model: &M, order: Order) -> Report<M> {
     let started = Instant::now();
-    let model = Model::new(config.clone());
     let initial = model.initial();
     let mut seen = Seen::new();
     let mut parents: Vec<(u32, u16)> = vec![(0, 0)];
-    seen.insert(initial.fingerprint(model.size));
+    seen.insert(model.fingerprint(&initial));
     let mut open = VecDeque::from([(initial, 0_u32)]);
     let mut report = Report { states: 1, transitions: 0, rests: 0, time: Duration::ZERO, counterexample: None };
     let mut failure = None;
@@ -45,11 +60,9 @@ pub fn explore(config: &Config, order: Order) -> Report {
         Order::Breadth => open.pop_front(),
         Order::Depth => open.pop_back(),
     } {
-        let at_rest = model.all_done(&state);
-        if at_rest {
+        if model.at_rest(&state) {
             report.rests += 1;
-            // A fault has to show harm to a result or to progress, not only an untidy end.
-            if let (None, Err(violation)) = (config.mutant, model.rearmed(&state)) {
+            if let Err(violation) = model.check_rest(&state) {
                 failure = Some((violation, id, None));
                 break;
             }
@@ -61,7 +74,7 @@ pub fn explore(config: &Config, order: Order) -> Report {
             match next {
                 Err(violation) => failure = failure.take().or(Some((violation, id, Some(choice)))),
                 Ok(next) => {
-                    if seen.insert(next.fingerprint(model.size)) {
+                    if seen.insert(model.fingerprint(&next)) {
                         open.push_back((next, parents.len() as u32));
                         parents.push((id, choice));
                     }
@@ -69,9 +82,10 @@ pub fn explore(config: &Config, order: Order) -> Report {
             }
         });
         report.transitions += possible as usize;
-        let finished = at_rest && config.horizon != Horizon::Unbounded;
-        if failure.is_none() && possible == 0 && !finished {
-            failure = Some((Violation::Deadlock, id, None));
+        if possible == 0
+            && let Err(violation) = model.check_stuck(&state)
+        {
+            failure = failure.or(Some((violation, id, None)));
         }
         if failure.is_some() {
             break;
@@ -80,7 +94,7 @@ pub fn explore(config: &Config, order: Order) -> Report {
     report.states = parents.len();
     report.time = started.elapsed();
     report.counterexample = failure
-        .map(|(violation, id, last)| Counterexample { violation, steps: replay(&model, path(&parents, id, last)) });
+        .map(|(violation, id, last)| Counterexample { violation, steps: replay(model, path(&parents, id, last)) });
     report
 }
 
@@ -95,8 +109,8 @@ fn path(parents: &[(u32, u16)], mut id: u32, last: Option<u16>) -> Vec<u16> {
     choices
 }
 
-fn replay(model: &Model, choices: Vec<u16>) -> Vec<(u32, Step)> {
-    let mut state: State = model.initial();
+fn replay<M: Machine>(model: &M, choices: Vec<u16>) -> Vec<(u32, M::Step)> {
+    let mut state = model.initial();
     let mut steps = Vec::new();
     for wanted in choices {
         let (mut at, mut taken) = (0, None);
@@ -107,7 +121,7 @@ fn replay(model: &Model, choices: Vec<u16>) -> Vec<(u32, Step)> {
             at += 1;
         });
         let (step, next) = taken.expect("a recorded choice is possible again");
-        steps.push((state.base, step));
+        steps.push((model.base(&state), step));
         if let Ok(next) = next {
             state = next;
         }

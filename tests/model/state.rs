@@ -1,6 +1,7 @@
 //! The packed global state: memory with in-flight and buffered stores, device words, and where each thread is.
 
 use super::call::Call;
+use super::fingerprint::Mixer;
 
 pub const MAX_ACTORS: usize = 4;
 pub const MAX_THREADS: usize = 2;
@@ -213,31 +214,6 @@ impl State {
             mix.add(u64::from_le_bytes(*calls));
         }
         mix.finish()
-    }
-}
-
-/// Two independent multiply-rotate lanes.
-struct Mixer(u64, u64);
-
-impl Default for Mixer {
-    fn default() -> Self {
-        Self(0x243F_6A88_85A3_08D3, 0x1319_8A2E_0370_7344)
-    }
-}
-
-impl Mixer {
-    fn add(&mut self, value: u64) {
-        self.0 = (self.0 ^ value).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29);
-        self.1 = (self.1 ^ value.rotate_left(32)).wrapping_mul(0xC2B2_AE3D_27D4_EB4F).rotate_left(31);
-    }
-
-    fn finish(mut self) -> u128 {
-        for _ in 0..3 {
-            let (a, b) = (self.0, self.1);
-            self.add(a ^ a >> 32);
-            self.add(b ^ b >> 29);
-        }
-        u128::from(self.0) << 64 | u128::from(self.1)
     }
 }
 

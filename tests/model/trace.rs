@@ -10,7 +10,7 @@ use super::state::{OLD, describe};
 
 /// The run that ends in the violation. Words that land in one line one after the other share a line of text, and so do a
 /// launch and the read that follows it at once.
-pub fn render(config: &Config, found: &Counterexample) -> String {
+pub fn render(config: &Config, found: &Counterexample<Model>) -> String {
     let model = Model::new(config.clone());
     let mut text = String::new();
     let mut number = 0;
