@@ -98,7 +98,7 @@ typedef struct TwoshotScaleArgs {
 typedef struct TwoshotState {
   uint32_t epoch[TWOSHOT_MAX_BLOCKS]; /* launches so far, one copy per block */
   uint32_t ticket;                    /* twice the launches so far, odd while one runs: detects overlap */
-  uint32_t fault_claim;               /* 1 once a thread has claimed the fault record */
+  uint32_t fault_claim;               /* epoch + 1 of the launch that claimed the fault record */
   uint64_t base[TWOSHOT_MAX_BLOCKS];  /* chunks that went through a channel of the ring, one copy per block */
 } TwoshotState;
 

@@ -117,13 +117,14 @@ TWOSHOT_UNROLL_BY(1)
 TWOSHOT_UNROLL_BY(1)
       for (uint32_t t = w; t < tiles; t += kStep) {
         this->await_room(t >> tile_shift());
+        const bool stores = this->stores();
 TWOSHOT_UNROLL_BY(1)
         for (uint32_t near = 1; near < team.size(); near += kPeers) {
           Raw<ALIGNED> raw[kBatch * kPeers];
           load_tile(raw, t, near);
-          store_tile(raw, t, near);
+          store_tile(raw, t, near, stores);
         }
-        end_of_tile(w, t);
+        end_of_tile(w, t, stores);
       }
     }
   }
@@ -131,8 +132,9 @@ TWOSHOT_UNROLL_BY(1)
   TWOSHOT_DEVICE void scatter_tile(const Raw<ALIGNED> (&raw)[kBatch * kPeers], uint32_t w, uint32_t t) const {
     if (t >= tiles) return;
     this->await_room(t >> tile_shift());
-    store_tile(raw, t, 1);
-    end_of_tile(w, t);
+    const bool stores = this->stores();
+    store_tile(raw, t, 1, stores);
+    end_of_tile(w, t, stores);
   }
 
   TWOSHOT_DEVICE void load_tile(Raw<ALIGNED> (&raw)[kBatch * kPeers], uint32_t t, uint32_t near) const {
@@ -146,19 +148,19 @@ TWOSHOT_UNROLL
     }
   }
 
-  TWOSHOT_DEVICE void store_tile(const Raw<ALIGNED> (&raw)[kBatch * kPeers], uint32_t t, uint32_t near) const {
+  TWOSHOT_DEVICE void store_tile(const Raw<ALIGNED> (&raw)[kBatch * kPeers], uint32_t t, uint32_t near, bool stores) const {
     const uint32_t k = t >> tile_shift(), i = line_of(t);
 TWOSHOT_UNROLL
     for (uint32_t j = 0; j < kBatch * kPeers; j++) {
       const uint32_t index = i + 32 * (j / kPeers), peer = team.peer(near + j % kPeers);
-      const bool here = exists(near + j % kPeers, index) && payload.full(first_of(peer) + index);
+      const bool here = stores && exists(near + j % kPeers, index) && payload.full(first_of(peer) + index);
       st_relaxed_sys_v4_if(staged(peer, TWOSHOT_PHASE_SCATTER, team.rank, k, index), payload.loaded(raw[j]), here);
     }
   }
 
   // The partial line by itself, or where buffers are not aligned those at their ends, so that full ones pay for no more
   // than this.
-  TWOSHOT_DEVICE void end_of_tile(uint32_t w, uint32_t t) const {
+  TWOSHOT_DEVICE void end_of_tile(uint32_t w, uint32_t t, bool stores) const {
     if constexpr (!ALIGNED) {
       const uint32_t k = t >> tile_shift();
 TWOSHOT_UNROLL_BY(1)
@@ -168,7 +170,7 @@ TWOSHOT_UNROLL_BY(1)
         for (uint32_t index = line_of(t); index < line_of(t) + 32 * kBatch && index < lines_of(peer); index += 32) {
           const uint32_t source = first_of(peer) + index;
           if (payload.full(source)) continue;
-          st_relaxed_sys_v4_if(staged(peer, TWOSHOT_PHASE_SCATTER, team.rank, k, index), payload.load_elements(source), true);
+          st_relaxed_sys_v4_if(staged(peer, TWOSHOT_PHASE_SCATTER, team.rank, k, index), payload.load_elements(source), stores);
         }
       }
     }
@@ -176,7 +178,7 @@ TWOSHOT_UNROLL_BY(1)
       const uint32_t owner = owner_of_partial(), index = payload.partial - first_of(owner), k = t >> tile_shift();
       if (owner != team.rank && holds(line_of(t), index)) {
         st_relaxed_sys_v4_if(staged(owner, TWOSHOT_PHASE_SCATTER, team.rank, k, index),
-                             payload.load_elements(payload.partial), true);
+                             payload.load_elements(payload.partial), stores);
       }
     }
     this->template mark<Base::kScatterers>(kScattered, w, t);
@@ -211,6 +213,7 @@ TWOSHOT_UNROLL
       }
       await(TWOSHOT_PHASE_SCATTER, k);
       if (kOne && args.in == args.out) this->template await_own<Base::kScatterers>(kScattered, k);
+      const bool stores = kOne || this->stores();
       if constexpr (Ranks::kWhole) {
         // All loads first; then a line at a time, whose values may take many registers.
         Line line[kBatch * N];
@@ -245,7 +248,7 @@ TWOSHOT_UNROLL
         for (uint32_t u = 0; u < kBatch; u++) {
           const uint32_t index = i + 32 * u;
           st_relaxed_sys_v4_if(staged(team.peer(d), TWOSHOT_PHASE_BROADCAST, team.rank, k, index), own[u],
-                               index < own_lines);
+                               stores && index < own_lines);
         }
       }
 TWOSHOT_UNROLL
@@ -314,6 +317,7 @@ TWOSHOT_UNROLL
     griddepcontrol_wait_then_launch_dependents(args);
     const uint32_t epoch = epoch_read(args);
     this->base = this->base_read();
+    if (given_up_before(args, epoch)) return;
     Watch watch(args, TWOSHOT_KERNEL_BULK, epoch);
     epoch_advance(args, epoch);
     this->base_advance();

@@ -27,6 +27,8 @@
 //            finds anything but 2 e there runs at the same time as another launch: fault.
 // Bound      Every TWOSHOT_SPINS_PER_CHECK failed polls a thread reads control->abort and the clock. Whoever gives
 //            up first writes the fault record; all others see it and leave too.
+//            Launches behind that one end as they begin: a peer may be some launches behind with all that it needs there, and
+//            what they would store comes to stages that it still reads.
 // Requires   Blocks of a launch co-resident; at most TWOSHOT_MAX_BLOCKS of them, at most TWOSHOT_MAX_THREADS threads.
 //            Launches of one communicator serialised by stream order (programmatic launch included: griddepcontrol.wait
 //            waits for the end of the previous grid and its flush; only then may the next grid become resident, or a
@@ -120,7 +122,7 @@ TWOSHOT_DEVICE uint32_t epoch_read(const TwoshotArgs& args) {
 
 // The epoch after this one. It wraps one early: the number of epochs must be a multiple of the number of stages, or the
 // wrap (reached in hours) would use one stage twice in a row.
-constexpr uint32_t kLastEpoch = 0xFFFFFFFE;
+constexpr uint32_t kLastEpoch = 0xFFFFFFFE, kNoEpoch = 0xFFFFFFFF;
 static_assert((uint64_t{kLastEpoch} + 1) % TWOSHOT_STAGES == 0, "the wrap must go on with the next stage");
 TWOSHOT_DEVICE uint32_t epoch_after(uint32_t epoch) { return epoch == kLastEpoch ? 0 : epoch + 1; }
 
@@ -131,6 +133,12 @@ TWOSHOT_DEVICE void epoch_advance(const TwoshotArgs& args, uint32_t epoch) {
   for (uint32_t i = blockIdx.x + threadIdx.x * gridDim.x; i < TWOSHOT_MAX_BLOCKS; i += gridDim.x * blockDim.x) {
     st_relaxed_sys_u32(replicas + 4 * i, epoch_after(epoch));
   }
+}
+
+// Whether a thread of an earlier launch gave up. Asked for together with the epoch; all threads of a launch see the same.
+TWOSHOT_DEVICE bool given_up_before(const TwoshotArgs& args, uint32_t epoch) {
+  const uint32_t claim = ld_relaxed_sys_u32(window(args, args.rank) + offsetof(TwoshotState, fault_claim));
+  return claim != 0 && claim != epoch + 1;
 }
 
 // ---- the bounded wait ---------------------------------------------------------------------------------------------
@@ -183,7 +191,7 @@ struct Watch {
   // The first to claim it writes the record; `fault` comes last, behind a fence, and makes it valid.
   TWOSHOT_DEVICE void record(uint32_t fault, const Missing& missing) {
     const uint64_t claim = window(args, args.rank) + offsetof(TwoshotState, fault_claim);
-    if (atom_relaxed_gpu_claim_fault(claim) != 0) return;
+    if (atom_relaxed_gpu_claim_fault(claim, epoch + 1) != 0) return;
     st_relaxed_sys_u32(args.control + offsetof(TwoshotControl, epoch), epoch);
     st_relaxed_sys_u32(args.control + offsetof(TwoshotControl, kernel), kernel);
     st_relaxed_sys_u32(args.control + offsetof(TwoshotControl, peer), missing.peer);

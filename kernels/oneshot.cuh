@@ -111,6 +111,7 @@ TWOSHOT_UNROLL_BY(Ranks::kUnroll)
     Line own[U];
     begin_load(own, first);
     const uint32_t epoch = epoch_read(args);
+    if (given_up_before(args, epoch)) return;
     finish_load(own, first);
     const uint64_t stage = stage_offset(args, epoch);
     push(own, stage, first);

@@ -248,11 +248,11 @@ TWOSHOT_DEVICE uint32_t atom_relaxed_gpu_exchange_ticket(uint64_t address, uint3
   return old;
 }
 
-TWOSHOT_DEVICE uint32_t atom_relaxed_gpu_claim_fault(uint64_t address) {
+TWOSHOT_DEVICE uint32_t atom_relaxed_gpu_claim_fault(uint64_t address, uint32_t claim) {
   uint32_t old;
-  asm volatile("atom.relaxed.gpu.global.cas.b32 %0, [%1], 0, 1; // not-an-arrival: fault claim"
+  asm volatile("atom.relaxed.gpu.global.cas.b32 %0, [%1], 0, %2; // not-an-arrival: fault claim"
                : "=r"(old)
-               : "l"(address)
+               : "l"(address), "r"(claim)
                : "memory");
   return old;
 }

@@ -38,9 +38,9 @@
 // Progress   A worker waits for chunks of the same or a lower number, of an earlier role or, for room, of a lower number; a
 //            channel for the same channel, and blocks take channels in ascending order. So somebody can always go on.
 // Bound      Only the poller waits for peers, with lamport.cuh's bound. When it gives up it says so to the block first
-//            (kQuit), then says that everything has arrived: the workers run to their ends on whatever is there, and the
-//            signaller, which acquired that from them, stores no flag any more. A peer that lacks one cannot finish, so
-//            nothing that is stored from then on becomes anybody's result.
+//            (kQuit), then says that everything has arrived: the workers run to their ends on whatever is there, but look
+//            behind every wait and store nothing to peers any more, for one that is a launch behind may still read what is
+//            in the slots, and end well. The signaller, which acquired that from them, stores no flag any more.
 // Requires   Between 2 and TWOSHOT_BULK_MAX_RANKS ranks; blocks of TWOSHOT_BULK_THREADS threads, all of them resident;
 //            ring_log2 of at least 2; chunks of whole tiles.
 #pragma once
@@ -187,6 +187,10 @@ TWOSHOT_UNROLL
   TWOSHOT_DEVICE void await_own(uint32_t role, uint32_t k) const {
     while (complete<WARPS>(role) <= k) spin_pause();
   }
+
+  // Whether stores to peers still have a reader: not once the poller gave up. Behind a wait, for whoever went on because
+  // of that has acquired it.
+  TWOSHOT_DEVICE bool stores() const { return ld_acquire_cta_block_word(kQuit) == 0; }
 
   // Waits until the slots of chunk k are free at all peers.
   TWOSHOT_DEVICE void await_room(uint32_t k) const {

@@ -41,8 +41,8 @@ struct TwoShot {
     return (team.size() + source) * shard + i;
   }
 
-  // Phase 1: line i of shard r to rank r, for every peer r. Returns the epoch, which is read here, behind the loads
-  // of the payload, so that nothing can wait for it before those are on their way.
+  // Phase 1: line i of shard r to rank r, for every peer r. Returns the epoch, or kNoEpoch behind a launch that gave up. It
+  // is read here, behind the loads of the payload, so that nothing can wait for it before those are on their way.
   template <uint32_t U>
   TWOSHOT_DEVICE uint32_t scatter(uint32_t i) const {
     uint32_t epoch = 0;
@@ -62,6 +62,7 @@ TWOSHOT_UNROLL
         }
       }
       epoch = epoch_read(args);
+      if (given_up_before(args, epoch)) return kNoEpoch;
       if constexpr (ALIGNED) patch_partial<U>(line, near, i);
       const uint64_t stage = stage_offset(args, epoch);
 TWOSHOT_UNROLL
@@ -212,6 +213,7 @@ TWOSHOT_UNROLL
         epoch = scatter<1>(i);
         i += step;
       }
+      if (epoch == kNoEpoch) return;
     } while (i < shard);
     const uint64_t stage = stage_offset(args, epoch);
 

@@ -158,7 +158,7 @@ fn main() {
         link: ["-Wl,-z,lazy", "-lcuda", "-ldl"].map(Into::into).to_vec(),
     });
     let mut executor = sources(&dir("exec"));
-    executor.extend(["selftest.cc", "selftest_payload.cc"].map(|name| dir("exec").join(name)));
+    executor.extend(["selftest.cc", "selftest_giving_up.cc", "selftest_payload.cc"].map(|name| dir("exec").join(name)));
     targets.push(Target {
         output: "bin/exec_selftest",
         link_name: None,

@@ -176,9 +176,9 @@ inline uint32_t atom_relaxed_gpu_exchange_ticket(uint64_t address, uint32_t tick
   return __atomic_exchange_n(host_pointer<uint32_t>(address), ticket, __ATOMIC_RELAXED);
 }
 
-inline uint32_t atom_relaxed_gpu_claim_fault(uint64_t address) {
+inline uint32_t atom_relaxed_gpu_claim_fault(uint64_t address, uint32_t claim) {
   uint32_t old = 0;
-  __atomic_compare_exchange_n(host_pointer<uint32_t>(address), &old, 1u, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  __atomic_compare_exchange_n(host_pointer<uint32_t>(address), &old, claim, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   return old;
 }
 

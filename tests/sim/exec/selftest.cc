@@ -1,7 +1,7 @@
 // Self-test of the kernels and of the executor: N ranks as N OS threads over plain memory, random calls, results
 // compared bit for bit with an independent reference. Prints what it did; exits with 1 at the first difference.
 //
-//   g++ -std=c++17 -O1 -pthread -I. -I../../../kernels selftest.cc selftest_payload.cc exec.cc fiber.cc half.cc kernels_host.cc
+//   g++ -std=c++17 -O1 -pthread -I. -I../../../kernels selftest.cc selftest_payload.cc selftest_giving_up.cc exec.cc fiber.cc half.cc kernels_host.cc
 //
 // With -DTWOSHOT_WITHOUT_REARM it must fail: the negative control.
 #include <unistd.h>
@@ -23,6 +23,8 @@
 
 // selftest_payload.cc: what the kernels read of a caller's buffer; what is wrong, or null.
 const char* payload_stays_inside();
+// selftest_giving_up.cc: the same of ranks that give up; empty if nothing is.
+std::string nothing_is_stored_where_a_peer_still_reads();
 
 namespace {
 
@@ -318,13 +320,15 @@ struct Lone {
   Group group{4};
   std::vector<uint8_t> in = std::vector<uint8_t>(4096), out = std::vector<uint8_t>(4096);
 
-  bool in_switch = false, in_bulk = false;
+  bool in_switch = false, in_bulk = false, in_one_shot = false;
 
   void launch(uint64_t timeout_ns) {
     TwoshotArgs args = group.args(1, in.data(), out.data(), 1024);
     args.timeout_ns = timeout_ns;
     args.multicast = kMulticast;
-    const char* kernel = in_switch ? "twoshot_switch_f32_n_mc" : in_bulk ? "twoshot_bulk_f32_n_uc" : "twoshot_twoshot_f32_4_uc";
+    const char* kernel = in_switch ? "twoshot_switch_f32_n_mc" : in_bulk       ? "twoshot_bulk_f32_n_uc"
+                         : in_one_shot ? "twoshot_oneshot_f32_4_uc"
+                                       : "twoshot_twoshot_f32_4_uc";
     const unsigned block = in_switch ? 128u : in_bulk ? TWOSHOT_BULK_THREADS : 64u;
     twoshot::sim::run(*find_kernel(kernel), {2, block, 0, 0, 0}, &args);
   }
@@ -336,12 +340,28 @@ struct Lone {
   void expect(uint32_t fault, const char* what) {
     const TwoshotControl& control = group.controls[1];
     if (control.fault != fault) fail(std::string(what) + ": fault is " + std::to_string(control.fault));
-    const uint32_t kernel = in_switch ? TWOSHOT_KERNEL_SWITCH : in_bulk ? TWOSHOT_KERNEL_BULK : TWOSHOT_KERNEL_TWOSHOT;
+    const uint32_t kernel = in_switch ? TWOSHOT_KERNEL_SWITCH : in_bulk       ? TWOSHOT_KERNEL_BULK
+                            : in_one_shot ? TWOSHOT_KERNEL_ONESHOT
+                                          : TWOSHOT_KERNEL_TWOSHOT;
     if (control.kernel != kernel || control.count != 1024 || control.peer == 1 || control.peer > 3 ||
-        control.phase != TWOSHOT_PHASE_SCATTER || control.line >= 64) {
+        control.phase != TWOSHOT_PHASE_SCATTER || control.line >= (in_one_shot ? 256 : 64)) {
       fail(std::string(what) + ": the record is not what happened");
     }
     std::printf("%s: recorded, peer %u missing\n", what, control.peer);
+    stores_no_more();
+  }
+  // Peers may be launches behind: nothing of theirs changes any more.
+  void stores_no_more() {
+    const std::vector<uint8_t> memory(group.windows, group.windows + group.ranks * kWindowBytes);
+    for (uint8_t i = 1; i <= 4; i++) {
+      std::fill(in.begin(), in.end(), i);
+      launch(0);
+    }
+    for (unsigned r = 0; r < group.ranks; r++) {
+      if (r != 1 && std::memcmp(memory.data() + r * kWindowBytes, group.window(r), kWindowBytes) != 0) {
+        fail("a launch behind one that gave up stored to a peer");
+      }
+    }
   }
 };
 
@@ -362,6 +382,12 @@ void faults() {
     lone.launch(0);
     host.join();
     lone.expect(TWOSHOT_FAULT_ABORTED, "abort");
+  }
+  {
+    Lone lone;
+    lone.in_one_shot = true;
+    lone.launch(100'000'000);
+    lone.expect(TWOSHOT_FAULT_DEADLINE, "deadline in one-shot");
   }
   for (const unsigned missing : {0u, 2u, 3u}) {
     // The flags of the others are there: shards of 64 lines are one chunk, and it is the first channel's.
@@ -439,6 +465,7 @@ extern "C" unsigned twoshot_sim_multimem_load(uint64_t va, uint32_t words[][4], 
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   if (const char* wrong = payload_stays_inside()) fail(wrong);
+  if (const std::string wrong = nothing_is_stored_where_a_peer_still_reads(); !wrong.empty()) fail(wrong);
   const unsigned calls = argc > 1 ? static_cast<unsigned>(std::atoi(argv[1])) : 200;
   const uint64_t seed = argc > 2 ? static_cast<uint64_t>(std::atoll(argv[2])) : 1;
   for (const unsigned ranks : {2u, 3u, 4u, 5u, 8u, 16u}) {
