@@ -16,7 +16,7 @@ import re
 import sys
 import time
 
-import soak
+import jobs
 
 # The worker's name, bytes of an element, and bytes of lines that carry one byte: src/call.rs.
 TYPES = [("i8", 1, 2), ("u8", 1, 2), ("i32", 4, 2), ("u32", 4, 2), ("i64", 8, 2), ("u64", 8, 2), ("f16", 2, 1),
@@ -162,9 +162,9 @@ def described(ranks):
     """Multicast, and the limits of one-shot, of two-shot and of what goes through the ring, through which elements of one byte go only where nothing else is allowed."""
     said = {line["note"] for one in ranks for line in one.said("describe")}
     found = DESCRIBED.match(said.pop()) if len(said) == 1 else None
-    soak.expect(found, f"the ranks do not describe one communicator: {said}", ranks)
+    jobs.expect(found, f"the ranks do not describe one communicator: {said}", ranks)
     state, multicast, *limits = map(int, found.groups())
-    soak.expect(state == 1, "twoshot is OFF", ranks)
+    jobs.expect(state == 1, "twoshot is OFF", ranks)
     return multicast, *limits
 
 
@@ -198,7 +198,7 @@ def matrix(place, options, together, seconds, environment):
     found = plain(limits, options.share, options.seed) + multiplied(limits, options.share, options.seed)
     random.Random(options.seed).shuffle(found)
     began = time.monotonic()
-    session, ranks = soak.run(place, program(found, seconds), environment, seconds=seconds + 60)
+    session, ranks = jobs.run(place, program(found, seconds), environment, seconds=seconds + 60)
     ran, wrong = judge(found, ranks, place.ranks if together else 1)
     cells, done = sum(cells.cells for cells in found), sum(ran.values())
     how = "one thread with all GPUs" if together else "one process per GPU"
@@ -209,16 +209,16 @@ def matrix(place, options, together, seconds, environment):
         print(f"  {line}")
     if wrong:
         return False
-    soak.expect(done > 0, "no cell ran", ranks)
+    jobs.expect(done > 0, "no cell ran", ranks)
     multicast = described(ranks)[0]
-    soak.expect(multicast == options.multicast, f"multicast is {multicast}", ranks)
-    soak.expect_right(place, session, ranks)
+    jobs.expect(multicast == options.multicast, f"multicast is {multicast}", ranks)
+    jobs.expect_right(place, session, ranks)
     return True
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    soak.add_places(parser)
+    jobs.add_places(parser)
     parser.add_argument("--limit", type=int, default=300, metavar="SECONDS", help="time for all of it [300]")
     parser.add_argument("--seed", type=int, help="[random]")
     parser.add_argument("--share", type=int, default=1, help="take one statement in so many, and six counts of each [1: all]")
@@ -230,8 +230,8 @@ def main():
     options = parser.parse_args()
     start = time.monotonic()
     options.seed = random.randrange(1 << 30) if options.seed is None else options.seed
-    place = soak.Place(options)
-    environment = {**soak.deadline(place), "TWOSHOT_MULTICAST": str(options.multicast)}
+    place = jobs.Place(options)
+    environment = {**jobs.deadline(place), "TWOSHOT_MULTICAST": str(options.multicast)}
     # The worker's large buffers come and go with every call: let it keep their pages.
     environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
     if options.oneshot:
@@ -242,7 +242,7 @@ def main():
         environment["TWOSHOT_MAX_BYTES"] = str(options.most)
     good, ways = True, options.how.split(",")
     try:
-        _, ranks = soak.run(place, "allreduce count=1\ndescribe\ndestroy\nrelease", environment)
+        _, ranks = jobs.run(place, "allreduce count=1\ndescribe\ndestroy\nrelease", environment)
         oneshot, twoshot, bulk = described(ranks)[1:]
         options.limits = oneshot, twoshot, min(bulk, options.most or ENOUGH)
         most = max(options.limits[1:])
@@ -255,7 +255,7 @@ def main():
             # What starting and ending takes, then the greater part for the first.
             seconds = max(1, int(left - 8) if at + 1 == len(ways) else int(left * 0.6) - 8)
             good &= matrix(place, options, way == "thread", seconds, environment)
-    except soak.Failure as failure:
+    except jobs.Failure as failure:
         print(failure)
         good = False
     finally:
@@ -265,4 +265,4 @@ def main():
 
 
 if __name__ == "__main__":
-    soak.main_of(main)
+    jobs.main_of(main)

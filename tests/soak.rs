@@ -44,3 +44,23 @@ fn the_checks_that_run_on_gpus_run_here() {
     assert_eq!(said.matches("10 rounds through twoshot").count(), 2, "{said}");
     assert!(!said.contains("GROWS"), "{said}");
 }
+
+#[test]
+fn the_check_of_nccls_releases_runs_here() {
+    let output = Command::new("python3")
+        .args([
+            concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/gpu/releases_check"),
+            "--sim",
+            "2",
+            "--doors",
+            "plugin,path",
+        ])
+        .args(["--worker".as_ref(), worker().as_os_str(), "--libs".as_ref(), lib_dir().as_os_str()])
+        .args([twoshot_library(), lib_dir().join("libnccl.so.2")])
+        .env("SIM_NCCL_VERSION", "22809")
+        .output()
+        .expect("python3");
+    let said = String::from_utf8_lossy(&output.stdout);
+    let ran = "514 calls, 0 wrong, 438 routed";
+    assert!(said.contains("releases_check: all right") && said.matches(ran).count() >= 2, "{said}");
+}

@@ -57,7 +57,7 @@ __device__ __forceinline__ void arrive(uint32_t* state, uint32_t epoch) {
 template <int N>
 __global__ void oneshot(const uint4* in, uint4* out, Pointers p, unsigned rank, size_t lines) {
   twoshot::griddepcontrol_wait();
-  twoshot::griddepcontrol_launch_dependents();
+  twoshot::griddepcontrol_launch_dependents_if(true);
   const uint32_t epoch = *static_cast<volatile uint32_t*>(p.state[rank]);
   const size_t stride = lines * 16, current = epoch % 3 * stride * N, next = (epoch + 1) % 3 * stride * N;
   const uint4 sentinel = {TWOSHOT_SENTINEL, TWOSHOT_SENTINEL, TWOSHOT_SENTINEL, TWOSHOT_SENTINEL};
@@ -80,7 +80,7 @@ __global__ void oneshot(const uint4* in, uint4* out, Pointers p, unsigned rank, 
 template <int N>
 __global__ void twoshot(const uint4* in, uint4* out, Pointers p, unsigned rank, size_t lines) {
   ::twoshot::griddepcontrol_wait();
-  ::twoshot::griddepcontrol_launch_dependents();
+  ::twoshot::griddepcontrol_launch_dependents_if(true);
   const uint32_t epoch = *static_cast<volatile uint32_t*>(p.state[rank]);
   const size_t shard = lines / N, stride = shard * 16, half = stride * N;
   const size_t current = epoch % 3 * 2 * half, next = (epoch + 1) % 3 * 2 * half;
