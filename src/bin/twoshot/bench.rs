@@ -42,6 +42,9 @@ pub struct Bench {
     /// Verified eager calls at each size and path; half as many are captured and replayed three times
     #[arg(long, default_value_t = 4)]
     checks: u32,
+    /// Time buffers that begin one, two, ... elements (another number on each rank) behind a multiple of 16 bytes
+    #[arg(long)]
+    unaligned: bool,
     /// Seed of the payloads [default: a new one]
     #[arg(long)]
     seed: Option<u64>,
@@ -96,7 +99,7 @@ impl Bench {
             None => random_seed()?,
         };
         let (dtypes, ops) = (flat(&self.dtype), flat(&self.op));
-        Ok(Plan { sizes, dtypes, ops, repetitions, calls, checks: self.checks.max(1), seed })
+        Ok(Plan { sizes, dtypes, ops, repetitions, calls, checks: self.checks.max(1), seed, unaligned: self.unaligned })
     }
 }
 
@@ -149,7 +152,8 @@ fn heading(record: &Record) -> String {
         "emulated-hosts" => "\nEmulated hosts: stock NCCL goes over loopback sockets. Compare with nothing but itself.",
         _ => "\nMicroseconds per call: median over repetitions, slowest rank. host us: stock/routed.",
     };
-    format!("{}{remark}", record.heading())
+    let buffers = if record.unaligned { "\nTimed on unaligned buffers." } else { "" };
+    format!("{}{remark}{buffers}", record.heading())
 }
 
 /// Standard output, line by line; a reader that went away ends nothing.
@@ -201,6 +205,11 @@ mod tests {
         assert_eq!(parsed("--max 32").plan().unwrap().sizes, [8, 16, 32]);
         assert!(parsed("--min 64 --max 32").plan().is_err());
         assert!(parsed("--sizes 0").plan().is_err());
+    }
+
+    #[test]
+    fn only_who_asks_for_unaligned_buffers_times_them() {
+        assert!(!parsed("").plan().unwrap().unaligned && parsed("--unaligned").plan().unwrap().unaligned);
     }
 
     #[test]

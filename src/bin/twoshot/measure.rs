@@ -207,6 +207,7 @@ impl Prepared<'_> {
             environment: self.environment(changes),
             agreed: None,
             repetitions: if timed { plan.repetitions } else { 0 },
+            unaligned: plan.unaligned,
             rows: Vec::new(),
         };
         let outcome = self.listen(plan, timed, changes, &mut record, seen);
@@ -368,8 +369,16 @@ mod tests {
         let environment = prepared.environment(&changes);
         assert_eq!(environment["TWOSHOT_ALGO"], "oneshot");
         assert!(!environment.contains_key("NCCL_NVLS_ENABLE") && !environment.contains_key("TWOSHOT_TUNING_FILE"));
-        let plan =
-            Plan { sizes: vec![8], dtypes: vec![], ops: vec![], repetitions: 0, calls: None, checks: 1, seed: 0 };
+        let plan = Plan {
+            sizes: vec![8],
+            dtypes: vec![],
+            ops: vec![],
+            repetitions: 0,
+            calls: None,
+            checks: 1,
+            seed: 0,
+            unaligned: false,
+        };
         let place = prepared.place(&plan, 1, &changes);
         assert_eq!((place.task.rank, place.task.ranks), (1, 2));
         // What comes last holds.

@@ -108,6 +108,9 @@ fn lines(records: &[Record], way: Way) -> Vec<Line> {
             if kinds.len() > 1 {
                 more.push_str(&format!(", {} {}", row.dtype.name(), row.op.name()));
             }
+            if record.unaligned {
+                more.push_str(", unaligned");
+            }
             let stock = format!("stock NCCL {}{more}", nccl_version(record.nccl));
             let mut ours = format!("twoshot{more}");
             if builds.len() > 1 {

@@ -35,6 +35,9 @@ pub struct Plan {
     /// Verified calls for each of eager and graph, at each size.
     pub checks: u32,
     pub seed: u64,
+    /// Whether timed calls work on buffers that begin some elements behind a multiple of 16 bytes, on each rank others.
+    #[serde(default)]
+    pub unaligned: bool,
 }
 
 impl Plan {

@@ -168,6 +168,9 @@ pub struct Record {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agreed: Option<Agreed>,
     pub repetitions: u32,
+    /// Whether the timed buffers began beside multiples of 16 bytes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unaligned: bool,
     pub rows: Vec<Row>,
 }
 

@@ -204,7 +204,16 @@ fn one(
     let calls = tune.calls.or(tune.machine.shared_gpu.map(|_| 3));
     // Every answer is verified, too: a limit must not be drawn from wrong results.
     let (dtypes, seed) = (vec![tune.dtype], random_seed()?);
-    let plan = Plan { sizes, dtypes, ops: vec![Op::Sum], repetitions: tune.repetitions.max(1), calls, checks: 1, seed };
+    let plan = Plan {
+        sizes,
+        dtypes,
+        ops: vec![Op::Sum],
+        repetitions: tune.repetitions.max(1),
+        calls,
+        checks: 1,
+        seed,
+        unaligned: false,
+    };
     let mut seen = |seen: Seen<'_>| {
         if let Seen::Row(row) = seen {
             progress.step(&format!("{}, {blocks} blocks, {}", algorithm.name(), sizes::format(row.bytes)));
