@@ -173,6 +173,12 @@ impl Context {
         unsafe { call!(api, cuCtxPushCurrent_v2(self.raw)) }?;
         Ok(Entered { pushed: Some(api) })
     }
+
+    /// The same to free something, which may never be tried again: a refusal is asked about once more, then everything is
+    /// tried without the context too, and what the driver refuses then is reported.
+    pub fn enter_to_free(&self) -> Option<Entered> {
+        self.enter().or_else(|_| self.enter()).ok()
+    }
 }
 
 impl Drop for Context {

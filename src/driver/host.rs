@@ -77,8 +77,7 @@ impl Drop for HostMemory {
     fn drop(&mut self) {
         let (context, host) = (Arc::clone(&self.context), self.host as usize);
         let_go(move || {
-            // Tried without the context too: what the driver refuses then is reported.
-            let _entered = context.enter();
+            let _entered = context.enter_to_free();
             // SAFETY: allocated once, freed once; its users waited for the device.
             if let Err(error) = unsafe { call!(context.api(), cuMemFreeHost(host as *mut c_void)) } {
                 warning!(context.device().ordinal(), "{error}");

@@ -184,8 +184,7 @@ impl Drop for Module {
     fn drop(&mut self) {
         let (context, raw) = (Arc::clone(&self.context), self.raw as usize);
         let_go(move || {
-            // Tried without the context too: what the driver refuses then is reported.
-            let _entered = context.enter();
+            let _entered = context.enter_to_free();
             // SAFETY: loaded once; every `Kernels` held an `Arc` to its owner, so nothing launches from it any more.
             if let Err(error) = unsafe { call!(context.api(), cuModuleUnload(raw as sys::CUmodule)) } {
                 warning!(context.device().ordinal(), "{error}");

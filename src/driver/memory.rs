@@ -327,8 +327,7 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         let (context, address) = (Arc::clone(&self.context), self.address);
         let_go(move || {
-            // Tried without the context too: what the driver refuses then is reported.
-            let _entered = context.enter();
+            let _entered = context.enter_to_free();
             // SAFETY: allocated once, freed once; every copy was waited for.
             if let Err(error) = unsafe { call!(context.api(), cuMemFree_v2(address)) } {
                 warning!(context.device().ordinal(), "{error}");

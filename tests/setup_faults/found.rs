@@ -42,3 +42,15 @@ fn a_known_answer_step_that_comes_back_late_starts_no_kernel_any_more() {
     // It would store through a multicast object that its peers have left; the simulator ends such a process.
     run(World::OneHost, "rank=1,call=cuMemcpyHtoDAsync_v2,nth=5,delay=1000", 600).expect_off("(rank ");
 }
+
+#[test]
+fn a_context_that_is_refused_once_where_memory_is_freed_is_asked_for_again() {
+    // A step that was left behind frees on a thread without a context: some of these are its.
+    std::thread::scope(|scope| {
+        for nth in 1..=20 {
+            let push = format!("rank=1,call=cuCtxPushCurrent_v2,nth={nth},code=999");
+            let rules = format!("rank=1,call=cuMemcpyHtoDAsync_v2,nth=5,delay=1000;{push}");
+            scope.spawn(move || run(World::OneHost, &rules, 600));
+        }
+    });
+}
