@@ -4,6 +4,8 @@
 //! marked `ignored` explore larger configurations in minutes: `cargo test --release --test protocol_model -- --ignored`.
 #![forbid(unsafe_code)]
 
+#[path = "model/giving_up.rs"]
+mod giving_up;
 mod model;
 
 use model::call::{Call, Shape};
@@ -51,7 +53,10 @@ fn fails(what: &str, config: &Config, order: Order) {
     let (states, time) = (report.states, report.time);
     let found = report.counterexample.unwrap_or_else(|| panic!("{what}: not rejected in {states} states"));
     println!("{what}: rejected after {states} states, {time:.2?}\n{}", render(config, &found));
-    assert!(matches!(found.violation, Violation::WrongWord { .. } | Violation::Deadlock));
+    assert!(matches!(
+        found.violation,
+        Violation::WrongWord { .. } | Violation::WrongResult { .. } | Violation::Deadlock
+    ));
 }
 
 fn two_communicators(config: Config) -> Config {
@@ -373,6 +378,7 @@ fn the_reduced_search_is_not_blind_to_the_faults_that_the_full_search_finds() {
         (Mutant::Disagreement, Config::shipped(2, &[ONE_1, TWO_1])),
         (Mutant::SharedStages, two_communicators(Config::shipped(2, &SMALL))),
         (Mutant::Configuration, Config::shipped(2, &SMALL).stages(1)),
+        (Mutant::LaunchesBehind(u8::MAX), Config::shipped(2, &SMALL).all_give_up()),
         (Mutant::WrongStage, Config::lagged(2, &SMALL)),
         (Mutant::ThisCallsSize, Config::lagged(2, &SMALL)),
         (Mutant::NoReleaseAtEnd, Config::lagged(2, &SMALL)),

@@ -61,6 +61,10 @@ pub enum Mutant {
     InputsRearmedEarly,
     /// Switch: inputs are not re-armed.
     InputsNotRearmed,
+    /// Giving up: this many launches behind one that gave up do their work (no limit: as before the rule was known).
+    LaunchesBehind(u8),
+    /// Giving up, two-shot: the thread goes on to publish, with whatever it has.
+    PublishesUnfinished,
     /// Every step is as shipped; the configuration is the fault (stages, epoch modulus, a launch without lines).
     Configuration,
 }
@@ -108,6 +112,12 @@ pub struct Config {
     pub initialise: bool,
     /// The epoch counter counts modulo this (a multiple of the number of stages, or it is a fault).
     pub epoch_modulus: u8,
+    /// The ranks of which any thread may give up while it polls, a bit each.
+    pub may_give_up: u8,
+    /// Who finds that its rank gave up is quiet even in that same launch, and may advance the epoch.
+    pub quiet_at_once: bool,
+    /// Where runs never end: how many launches a rank still begins behind one that gave up.
+    pub behind: u8,
 }
 
 impl Config {
@@ -127,6 +137,9 @@ impl Config {
             mutant: None,
             initialise: false,
             epoch_modulus: 12,
+            may_give_up: 0,
+            quiet_at_once: false,
+            behind: 3,
         }
     }
 
@@ -168,6 +181,20 @@ impl Config {
     /// The fault, explored without reduction over a bounded number of launches.
     pub fn mutant(self, mutant: Mutant, launches: u8) -> Self {
         Self { mutant: Some(mutant), ..self.every_step().launches(launches) }
+    }
+
+    /// Any thread of this rank may give up.
+    pub fn gives_up(self, rank: u8) -> Self {
+        Self { may_give_up: self.may_give_up | 1 << rank, ..self }
+    }
+
+    /// Any thread of any rank may.
+    pub fn all_give_up(self) -> Self {
+        Self { may_give_up: u8::MAX, ..self }
+    }
+
+    pub fn quiet_at_once(self) -> Self {
+        Self { quiet_at_once: true, ..self }
     }
 
     pub fn has(&self, mutant: Mutant) -> bool {

@@ -5,14 +5,12 @@ use super::config::{Mutant, Reduction, Variant};
 use super::machine::{Model, Outcome, Step, Violation, drain_epoch};
 use super::state::{MAX_THREADS, OLD, State, Thread, WORDS, Word};
 
+/// Takes each step that is possible, with the state it leads to.
+pub trait Emit: FnMut(Step, Result<State, Violation>) {}
+impl<F: FnMut(Step, Result<State, Violation>)> Emit for F {}
+
 impl Model {
-    pub fn thread_steps(
-        &self,
-        state: &State,
-        a: usize,
-        t: usize,
-        emit: &mut impl FnMut(Step, Result<State, Violation>),
-    ) {
+    pub fn thread_steps(&self, state: &State, a: usize, t: usize, emit: &mut impl Emit) {
         let thread = state.threads[a][t];
         if thread.pc == 0 {
             // Only the fault lets a second block start by itself, as soon as the launch exists.
@@ -32,6 +30,7 @@ impl Model {
         let op = self.program(state, a, t, thread.launch)[thread.pc as usize - 1];
         let step = Step::Execute { actor: a as u8, thread: t as u8, op };
         match op {
+            Op::Read if self.quiet(state, a, t) => self.quiet_steps(state, a, t, emit),
             Op::Read => {
                 let mut next = *state;
                 let outcome = self.read_and_run(&mut next, a, t);
@@ -70,7 +69,7 @@ impl Model {
         }
     }
 
-    fn read_and_run(&self, state: &mut State, a: usize, t: usize) -> Outcome {
+    pub fn read_and_run(&self, state: &mut State, a: usize, t: usize) -> Outcome {
         self.read(state, a, t);
         state.threads[a][t].pc += 1;
         self.run(state, a, t)
@@ -82,10 +81,15 @@ impl Model {
             let thread = state.threads[a][t];
             let ops = self.program(state, a, t, thread.launch);
             match ops.get(thread.pc as usize - 1) {
-                None => {
-                    self.end(state, a, t);
-                    return Ok(());
+                None => return self.end(state, a, t),
+                // Quiet: nothing but the epoch. What stands in front of its advance are sends.
+                Some(Op::Push { .. }) if thread.quiet => {}
+                Some(
+                    Op::Announce { .. } | Op::Poll { .. } | Op::Load { .. } | Op::SecondBarrier | Op::Rearm { .. },
+                ) if thread.quiet => {
+                    return self.end(state, a, t);
                 }
+                Some(Op::Poll { .. } | Op::Load { .. }) if thread.unfinished => {}
                 Some(&Op::Push { to, line }) => self.push(state, a, t, to, line)?,
                 Some(Op::Advance) => self.advance(state, a, t),
                 Some(Op::Clear) => self.clear(state, a, t)?,
@@ -94,7 +98,12 @@ impl Model {
                 Some(&Op::Announce { to, line, .. }) if self.reduced() => {
                     self.push(state, a, t, Target::Rank(to), line)?
                 }
-                Some(Op::Read) if self.reduced() => self.read(state, a, t),
+                Some(Op::Read) if self.reduced() => {
+                    self.read(state, a, t);
+                    if state.threads[a][t].quiet && !self.config.quiet_at_once {
+                        return self.end(state, a, t);
+                    }
+                }
                 // Sound only because every thread of the launch has read by now: `launch` runs them all.
                 Some(Op::Barrier) if self.reduced() => {}
                 Some(_) => return Ok(()),
@@ -103,16 +112,18 @@ impl Model {
         }
     }
 
-    fn end(&self, state: &mut State, a: usize, t: usize) {
+    pub fn end(&self, state: &mut State, a: usize, t: usize) -> Outcome {
         let launch = state.threads[a][t].launch + 1;
         state.threads[a][t] = Thread { launch, ..Thread::default() };
         let threads = &state.threads[a];
         if threads.iter().all(|t| t.pc == 0 && t.launch == launch) && !self.config.has(Mutant::NoGridWait) {
             state.actors[a].shape = 0;
+            self.check_end(state, a, launch - 1)?;
         }
+        Ok(())
     }
 
-    fn block(&self, state: &State, a: usize, t: usize) -> (Shape, u8) {
+    pub fn block(&self, state: &State, a: usize, t: usize) -> (Shape, u8) {
         let shape = self.config.shapes[state.actors[a].shape as usize - 1];
         (shape, t as u8 / shape.block)
     }
@@ -123,7 +134,9 @@ impl Model {
         let word = if lagged { 0 } else { block as usize };
         let epoch = state.actors[a].replica[word];
         let dirty = state.actors[a].dirty[self.stage(epoch + 2)];
+        let quiet = self.quiet(state, a, t);
         let thread = &mut state.threads[a][t];
+        thread.quiet = quiet;
         thread.epoch = epoch + 1;
         thread.dirty = if lagged { dirty } else { 0 };
     }
@@ -208,7 +221,7 @@ impl Model {
         let own = self.rank(a);
         let thread = state.threads[a][t];
         let stage = self.stage(thread.epoch - 1);
-        let tag = self.tag(a, thread.launch);
+        let tag = if thread.unfinished { OLD } else { self.tag(a, thread.launch) };
         for rank in 0..self.config.ranks as usize {
             let addressed = match to {
                 Target::Rank(r) => rank == r as usize,
@@ -236,15 +249,14 @@ impl Model {
         Ok(())
     }
 
-    fn poll_steps(
-        &self,
-        state: &State,
-        a: usize,
-        t: usize,
-        set: PollSet,
-        what: Polled,
-        emit: &mut impl FnMut(Step, Result<State, Violation>),
-    ) {
+    fn poll_steps(&self, state: &State, a: usize, t: usize, set: PollSet, what: Polled, emit: &mut impl Emit) {
+        // The kernels re-arm once all lines of the poll have come. Where nobody gives up, each at once is the same.
+        let together = self.may_give_up(a);
+        if together {
+            let mut next = *state;
+            let outcome = self.give_up(&mut next, a, t);
+            emit(Step::GiveUp { actor: a as u8, thread: t as u8 }, self.finish(next, outcome));
+        }
         let stage = self.stage(state.threads[a][t].epoch - 1);
         let polled = if self.config.has(Mutant::OneWord) { 1 } else { WORDS };
         for k in 0..set.len as usize {
@@ -255,12 +267,19 @@ impl Model {
                 continue;
             }
             let mut next = *state;
-            let outcome = self.consume(&mut next, a, t, line, what).and_then(|()| {
-                let thread = &mut next.threads[a][t];
-                thread.mask |= 1 << k;
-                if thread.mask + 1 == 1 << set.len {
-                    thread.mask = 0;
-                    thread.pc += 1;
+            let outcome = self.expect(&mut next, a, t, self.window(a), line).and_then(|()| {
+                next.threads[a][t].mask |= 1 << k;
+                let complete = next.threads[a][t].mask + 1 == 1 << set.len;
+                if !together {
+                    self.rearm_polled(&mut next, a, t, line, what);
+                } else if complete {
+                    for &line in &set.lines[..set.len as usize] {
+                        self.rearm_polled(&mut next, a, t, line, what);
+                    }
+                }
+                if complete {
+                    next.threads[a][t].mask = 0;
+                    next.threads[a][t].pc += 1;
                     return self.run(&mut next, a, t);
                 }
                 Ok(())
@@ -284,14 +303,7 @@ impl Model {
     }
 
     /// Each window's line is read at a moment of its own.
-    fn load_steps(
-        &self,
-        state: &State,
-        a: usize,
-        t: usize,
-        line: u8,
-        emit: &mut impl FnMut(Step, Result<State, Violation>),
-    ) {
+    fn load_steps(&self, state: &State, a: usize, t: usize, line: u8, emit: &mut impl Emit) {
         let stage = self.stage(state.threads[a][t].epoch - 1) as u8;
         for from in 0..self.config.ranks {
             if state.threads[a][t].mask & (1 << from) != 0 {
@@ -299,7 +311,7 @@ impl Model {
             }
             let mut next = *state;
             let window = self.window_of(self.communicator(a), from as usize);
-            let outcome = self.expect(&next, a, t, window, line).and_then(|()| {
+            let outcome = self.expect(&mut next, a, t, window, line).and_then(|()| {
                 let thread = &mut next.threads[a][t];
                 thread.mask |= 1 << from;
                 if thread.mask + 1 == 1 << self.config.ranks {
@@ -314,21 +326,16 @@ impl Model {
     }
 
     /// That all words of the line in this window are this launch's.
-    fn expect(&self, state: &State, a: usize, t: usize, window: usize, line: u8) -> Outcome {
+    fn expect(&self, state: &mut State, a: usize, t: usize, window: usize, line: u8) -> Outcome {
         let thread = state.threads[a][t];
         let stage = self.stage(thread.epoch - 1);
         let index = self.size.index(window, stage, line as usize);
         for word in 0..WORDS {
             let found = state.memory[index][word].content();
             if found != self.tag(a, thread.launch) {
-                return Err(Violation::WrongWord {
-                    actor: a as u8,
-                    launch: thread.launch,
-                    stage: stage as u8,
-                    line,
-                    word: word as u8,
-                    found: found as u8,
-                });
+                let (actor, launch, stage, word, found) =
+                    (a as u8, thread.launch, stage as u8, word as u8, found as u8);
+                return self.took_wrong(state, a, Violation::WrongWord { actor, launch, stage, line, word, found });
             }
         }
         Ok(())
@@ -347,9 +354,8 @@ impl Model {
         }
     }
 
-    /// Uses all words of the line, and re-arms it (immediate variant).
-    fn consume(&self, state: &mut State, a: usize, t: usize, line: u8, what: Polled) -> Outcome {
-        self.expect(state, a, t, self.window(a), line)?;
+    /// Re-arms a line that was polled (immediate variant).
+    fn rearm_polled(&self, state: &mut State, a: usize, t: usize, line: u8, what: Polled) {
         if let Polled::Results { inputs } = what {
             self.rearm(state, a, t, line - inputs);
         }
@@ -362,7 +368,7 @@ impl Model {
             _ => what == Polled::Arrivals,
         };
         if self.config.variant == Variant::Lagged || skipped {
-            return Ok(());
+            return;
         }
         let target = if self.config.has(Mutant::WrongStage) {
             self.size.index(self.window(a), self.stage(thread.epoch), line as usize)
@@ -372,6 +378,5 @@ impl Model {
         for word in &mut state.memory[target] {
             *word = word.with_pending();
         }
-        Ok(())
     }
 }

@@ -14,6 +14,8 @@ pub enum Step {
     Launch { actor: u8, call: u8, shape: u8 },
     Execute { actor: u8, thread: u8, op: Op },
     Consume { actor: u8, thread: u8, stage: u8, line: u8 },
+    GiveUp { actor: u8, thread: u8 },
+    Quiet { actor: u8, thread: u8 },
     Load { actor: u8, thread: u8, from: u8, stage: u8, line: u8 },
     Land { index: u8, word: u8, tag: u8, sender: u8 },
     Drain { index: u8, word: u8 },
@@ -25,6 +27,8 @@ pub enum Step {
 pub enum Violation {
     /// A poll was satisfied by something else than this launch's payload.
     WrongWord { actor: u8, launch: u8, stage: u8, line: u8, word: u8, found: u8 },
+    /// A launch ended well on a rank that took something else than this launch's payload.
+    WrongResult { actor: u8, launch: u8 },
     /// No step is possible although some rank has not finished.
     Deadlock,
     /// Everything is done and a word is neither a sentinel nor recorded as dirty, or a store is still under way.
@@ -57,6 +61,10 @@ impl Model {
         };
         assert!(size.lines() <= MAX_LINES && actors <= MAX_ACTORS && config.ranks <= 3);
         assert!(config.communicators == 1 || config.horizon != Horizon::Unbounded);
+        assert!(
+            config.may_give_up == 0
+                || config.variant == Variant::Immediate && config.behind <= 4 && config.epoch_modulus < 15
+        );
         let style = Style {
             ranks: config.ranks,
             lagged: config.variant == Variant::Lagged,
@@ -289,7 +297,10 @@ impl Model {
         let loose = self.config.has(Mutant::NoGridWait);
         let launch = threads[0].launch;
         let ready = threads[0].pc == 0 && (loose || threads.iter().all(|t| t.pc == 0 && t.launch == launch));
-        let over = matches!(self.config.horizon, Horizon::Launches(n) if launch >= n);
+        let over = match self.config.horizon {
+            Horizon::Launches(n) => launch >= n,
+            Horizon::Unbounded => state.actors[a].claim != 0 && state.actors[a].behind >= self.config.behind,
+        };
         if !ready || over || launch as usize >= MAX_LAUNCHES {
             return;
         }
@@ -324,6 +335,7 @@ impl Model {
             drain_epoch(&mut state.actors[a], replica);
         }
         state.actors[a].shape = shape;
+        state.actors[a].behind += u8::from(state.actors[a].claim != 0);
         let started = self.config.shapes[shape as usize - 1].threads() as usize;
         for t in 0..MAX_THREADS {
             let thread = &mut state.threads[a][t];
@@ -388,12 +400,13 @@ impl Machine for Model {
 
     /// A fault has to show harm to a result or to progress, not only an untidy end.
     fn check_rest(&self, state: &State) -> Outcome {
-        if self.config.mutant.is_none() { self.rearmed(state) } else { Ok(()) }
+        if self.config.mutant.is_none() && !self.anyone_gave_up(state) { self.rearmed(state) } else { Ok(()) }
     }
 
     fn check_stuck(&self, state: &State) -> Outcome {
         let finished = self.all_done(state) && self.config.horizon != Horizon::Unbounded;
-        if finished { Ok(()) } else { Err(Violation::Deadlock) }
+        // Who waits for a rank that gave up waits for ever, or gives up too.
+        if finished || self.anyone_gave_up(state) { Ok(()) } else { Err(Violation::Deadlock) }
     }
 
     fn base(&self, state: &State) -> u32 {

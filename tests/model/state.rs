@@ -102,6 +102,10 @@ pub struct Thread {
     /// The epoch that it read plus one (0: not read yet), and the size to clear.
     pub epoch: u8,
     pub dirty: u8,
+    /// It found that its rank gave up.
+    pub quiet: bool,
+    /// It gave up and goes on all the same (a fault).
+    pub unfinished: bool,
 }
 
 /// One communicator on one rank.
@@ -117,6 +121,11 @@ pub struct Actor {
     pub dirty: [u8; MAX_STAGES],
     pub dirty_store: [u8; MAX_STAGES],
     pub arrived: u8,
+    /// 0 until a thread gives up, then the epoch that it read plus one; and the launches begun since.
+    pub claim: u8,
+    pub behind: u8,
+    /// A wrong word was taken in this launch, by a rank that has not given up.
+    pub wrong: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -175,6 +184,7 @@ impl State {
             for word in &mut actor.replica_store {
                 *word = less_one(*word);
             }
+            actor.claim = less_one(actor.claim);
             actor.dirty[..size.stages].rotate_left(1);
             actor.dirty_store[..size.stages].rotate_left(1);
         }
@@ -202,12 +212,22 @@ impl State {
             let actor = &self.actors[a];
             let [r0, r1] = actor.replica;
             let [s0, s1] = actor.replica_store;
-            let head = [u8::from(actor.filled), actor.shape, r0, r1, s0, s1, actor.arrived, 0];
+            let head = [
+                u8::from(actor.filled) | u8::from(actor.wrong) << 1,
+                actor.shape,
+                r0,
+                r1,
+                s0,
+                s1,
+                actor.arrived,
+                actor.claim | actor.behind << 4,
+            ];
             mix.add(u64::from_le_bytes(head));
             let ([d0, d1, d2], [n0, n1, n2]) = (actor.dirty, actor.dirty_store);
             mix.add(u64::from_le_bytes([d0, d1, d2, n0, n1, n2, 0, 0]));
             for t in &self.threads[a] {
-                mix.add(u64::from_le_bytes([t.launch, t.pc, t.mask, t.epoch, t.dirty, 0, 0, 0]));
+                let gave_up = u8::from(t.quiet) | u8::from(t.unfinished) << 1;
+                mix.add(u64::from_le_bytes([t.launch, t.pc, t.mask, t.epoch, t.dirty, gave_up, 0, 0]));
             }
         }
         for calls in &self.calls {

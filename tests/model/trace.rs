@@ -88,6 +88,10 @@ fn words(model: &Model, base: u32, step: Step) -> String {
         Step::Consume { actor, thread, stage, line } => {
             format!("{} thread {thread} takes stage {stage} line {line}", who(model, actor))
         }
+        Step::GiveUp { actor, thread } => format!("{} thread {thread} gives up and leaves", who(model, actor)),
+        Step::Quiet { actor, thread } => {
+            format!("{} thread {thread} finds that its rank gave up, and is quiet", who(model, actor))
+        }
         Step::Load { actor, thread, from, stage, line } => {
             format!("{} thread {thread} loads stage {stage} line {line} of window {from}", who(model, actor))
         }
@@ -111,6 +115,9 @@ fn verdict(model: &Model, violation: &Violation) -> String {
             who(model, actor),
             payload(found, 0),
         ),
+        Violation::WrongResult { actor, launch } => {
+            format!("wrong result: launch {launch} ends well on {}", who(model, actor))
+        }
         Violation::NotRearmed { window, stage, line } => {
             format!("at rest, window {window} stage {stage} line {line} is not re-armed")
         }

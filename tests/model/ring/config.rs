@@ -84,8 +84,8 @@ pub enum Mutant {
     NoWaitInPlace,
     /// Progress: rank 1 takes a block's channels in descending order.
     ChannelsDescend,
-    /// Bound: the workers of a block whose poller gave up go on storing to peers (as bulk.cuh's do:
-    /// docs/ring-model.md).
+    /// Bound: the workers of a block whose poller gave up go on storing to peers (as bulk.cuh's once
+    /// did: docs/ring-model.md).
     StoresOn,
     /// Bound: the signaller raises flags whether or not the poller gave up.
     QuitIgnored,
@@ -93,7 +93,7 @@ pub enum Mutant {
     QuitReadFirst,
     /// Bound: the poller says that everything is here before it says that it gave up.
     QuitSaidLast,
-    /// Bound: launches behind one in which the poller gave up do their work (as bulk.cuh's do, too).
+    /// Bound: launches behind one in which the poller gave up do their work (as bulk.cuh's once did, too).
     GoesOn,
     /// Every step is as shipped; the configuration is the fault.
     Configuration,
