@@ -13,7 +13,6 @@ It runs as one process per GPU and as one thread with all GPUs, in an order that
 import argparse
 import random
 import re
-import sys
 import time
 
 import jobs

@@ -1,6 +1,7 @@
 //! What is explored: variant, number of ranks and stages, calls, shapes, and at most one deliberate fault.
 
 use super::call::{Call, Shape};
+pub use super::search::Horizon;
 
 /// How a stage becomes all sentinels again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,15 +83,6 @@ pub enum Reduction {
     Eager,
     /// Ordered accesses are merged; the search proves that they are ordered (see `docs/protocol-model.md`).
     Ordered,
-}
-
-/// How long runs are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Horizon {
-    /// Runs end after this many launches per communicator.
-    Launches(u8),
-    /// Runs never end; states that differ only by an offset of the epoch are one state.
-    Unbounded,
 }
 
 /// One exploration.

@@ -23,6 +23,15 @@ pub trait Machine {
     fn base(&self, state: &Self::State) -> u32;
 }
 
+/// How long runs are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Horizon {
+    /// Runs end after this many launches of each communicator.
+    Launches(u8),
+    /// Runs never end; states that differ only in where the launches' count began are one state.
+    Unbounded,
+}
+
 /// What one exploration found.
 pub struct Report<M: Machine> {
     pub states: usize,

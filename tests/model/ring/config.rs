@@ -1,5 +1,7 @@
 //! What is explored: algorithm, ranks, ring, launches, grids, warps, and at most one deliberate fault.
 
+pub use super::super::search::Horizon;
+
 /// Which of the two kernels, see ring.cuh: Parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Algorithm {
@@ -109,15 +111,6 @@ pub enum Reduction {
     /// Stores land at once; a worker's last tile of a chunk raises its flags; workers look at flags themselves. The
     /// search proves that this leaves out nothing (see `docs/ring-model.md`).
     Ordered,
-}
-
-/// How long runs are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Horizon {
-    /// Runs end after this many launches.
-    Launches(u8),
-    /// Runs never end; states that differ only in how often the ring went round are one state.
-    Unbounded,
 }
 
 /// One exploration.
