@@ -10,7 +10,7 @@
 #define TWOSHOT_LINE_BYTES 16      /* the unit of every transfer and poll */
 #define TWOSHOT_HALF_BYTES 8       /* payload in a line of the types that kernels/wire.cuh escapes */
 #define TWOSHOT_SLOT_LINES 8       /* slots and shards start on multiples of this many lines */
-#define TWOSHOT_HEADER_BYTES 4096
+#define TWOSHOT_HEADER_BYTES 8192
 #define TWOSHOT_STAGES 3
 #define TWOSHOT_STAGE_ALIGN 128    /* stage_bytes is a multiple of it */
 #define TWOSHOT_MAX_BLOCKS 256     /* one epoch replica per block */
@@ -94,9 +94,15 @@ typedef struct TwoshotScaleArgs {
   uint32_t trigger;        /* not 0: the launch behind this one may become resident now */
 } TwoshotScaleArgs;
 
+/* What a launch begins with, in one load. */
+typedef struct TwoshotEpoch {
+  uint32_t number;   /* launches so far */
+  uint32_t given_up; /* fault_claim, once it is claimed */
+} TwoshotEpoch;
+
 /* At the start of the own window; nobody else touches it. */
 typedef struct TwoshotState {
-  uint32_t epoch[TWOSHOT_MAX_BLOCKS]; /* launches so far, one copy per block */
+  TwoshotEpoch epoch[TWOSHOT_MAX_BLOCKS]; /* one copy per block */
   uint32_t ticket;                    /* twice the launches so far, odd while one runs: detects overlap */
   uint32_t fault_claim;               /* epoch + 1 of the launch that claimed the fault record */
   uint64_t base[TWOSHOT_MAX_BLOCKS];  /* chunks that went through a channel of the ring, one copy per block */
@@ -149,11 +155,15 @@ TWOSHOT_ASSERT(offsetof(TwoshotScaleArgs, factor_address) == 40);
 TWOSHOT_ASSERT(offsetof(TwoshotScaleArgs, type) == 48);
 TWOSHOT_ASSERT(offsetof(TwoshotScaleArgs, trigger) == 52);
 
-TWOSHOT_ASSERT(sizeof(TwoshotState) == 12 * TWOSHOT_MAX_BLOCKS + 8);
+TWOSHOT_ASSERT(sizeof(TwoshotEpoch) == 8);
+TWOSHOT_ASSERT(offsetof(TwoshotEpoch, number) == 0);
+TWOSHOT_ASSERT(offsetof(TwoshotEpoch, given_up) == 4);
+
+TWOSHOT_ASSERT(sizeof(TwoshotState) == 16 * TWOSHOT_MAX_BLOCKS + 8);
 TWOSHOT_ASSERT(sizeof(TwoshotState) <= TWOSHOT_HEADER_BYTES);
-TWOSHOT_ASSERT(offsetof(TwoshotState, ticket) == 4 * TWOSHOT_MAX_BLOCKS);
-TWOSHOT_ASSERT(offsetof(TwoshotState, fault_claim) == 4 * TWOSHOT_MAX_BLOCKS + 4);
-TWOSHOT_ASSERT(offsetof(TwoshotState, base) == 4 * TWOSHOT_MAX_BLOCKS + 8);
+TWOSHOT_ASSERT(offsetof(TwoshotState, ticket) == 8 * TWOSHOT_MAX_BLOCKS);
+TWOSHOT_ASSERT(offsetof(TwoshotState, fault_claim) == 8 * TWOSHOT_MAX_BLOCKS + 4);
+TWOSHOT_ASSERT(offsetof(TwoshotState, base) == 8 * TWOSHOT_MAX_BLOCKS + 8);
 
 TWOSHOT_ASSERT(sizeof(TwoshotControl) == 40);
 TWOSHOT_ASSERT(offsetof(TwoshotControl, abort) == 0);

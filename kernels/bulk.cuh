@@ -14,6 +14,7 @@
 
 #include "folds.cuh"
 #include "lamport.cuh"
+#include "payload.cuh"
 #include "ring.cuh"
 #include "types.cuh"
 
@@ -65,10 +66,14 @@ struct Whole<T, TWOSHOT_HALF_BYTES> {
 template <int N>
 constexpr uint32_t kBatchLog2 = N == 2 ? 2 : 0;
 
-// ALIGNED is about the buffers alone: the roles are busy in the same way.
+// The roles are busy in the same way whether the buffers are aligned or not, but a line of the one kind takes twice as many
+// registers.
 template <typename T, int N, bool ALIGNED>
-struct Bulk : Ring<Team<N, true, T::kMostTogether>, N == 2, 5 + kBatchLog2<N>> {
-  using Ranks = Team<N, true, T::kMostTogether>;
+using TeamOf = Team<N, true, ALIGNED ? T::kMostTogether : (T::kMostTogether + 1) / 2>;
+
+template <typename T, int N, bool ALIGNED>
+struct Bulk : Ring<TeamOf<T, N, ALIGNED>, N == 2, 5 + kBatchLog2<N>> {
+  using Ranks = TeamOf<T, N, ALIGNED>;
   using Base = Ring<Ranks, N == 2, 5 + kBatchLog2<N>>;
   using Base::args;
   using Base::await;
@@ -83,6 +88,7 @@ struct Bulk : Ring<Team<N, true, T::kMostTogether>, N == 2, 5 + kBatchLog2<N>> {
   static constexpr uint32_t kChunk = Ranks::kChunk;
   static constexpr uint32_t kPeers = Ranks::kPeers;
   static constexpr uint32_t kBatch = 1u << kBatchLog2<N>;
+  using Tile = RawRun<ALIGNED, kBatch>;  // of a part
 
   const Payload<T, ALIGNED> payload;
 
@@ -104,7 +110,7 @@ struct Bulk : Ring<Team<N, true, T::kMostTogether>, N == 2, 5 + kBatchLog2<N>> {
   TWOSHOT_DEVICE void scatter(uint32_t w) const {
     constexpr uint32_t kStep = Base::kScatterers;
     if constexpr (Ranks::kWhole) {
-      Raw<ALIGNED> even[kBatch * kPeers], odd[kBatch * kPeers];
+      Tile even[kPeers], odd[kPeers];
       load_tile(even, w, 1);
 TWOSHOT_UNROLL_BY(1)
       for (uint32_t t = w; t < tiles; t += 2 * kStep) {
@@ -120,7 +126,7 @@ TWOSHOT_UNROLL_BY(1)
         const bool stores = this->stores();
 TWOSHOT_UNROLL_BY(1)
         for (uint32_t near = 1; near < team.size(); near += kPeers) {
-          Raw<ALIGNED> raw[kBatch * kPeers];
+          Tile raw[kPeers];
           load_tile(raw, t, near);
           store_tile(raw, t, near, stores);
         }
@@ -129,7 +135,7 @@ TWOSHOT_UNROLL_BY(1)
     }
   }
 
-  TWOSHOT_DEVICE void scatter_tile(const Raw<ALIGNED> (&raw)[kBatch * kPeers], uint32_t w, uint32_t t) const {
+  TWOSHOT_DEVICE void scatter_tile(const Tile (&raw)[kPeers], uint32_t w, uint32_t t) const {
     if (t >= tiles) return;
     this->await_room(t >> tile_shift());
     const bool stores = this->stores();
@@ -137,31 +143,47 @@ TWOSHOT_UNROLL_BY(1)
     end_of_tile(w, t, stores);
   }
 
-  TWOSHOT_DEVICE void load_tile(Raw<ALIGNED> (&raw)[kBatch * kPeers], uint32_t t, uint32_t near) const {
-    const uint32_t i = line_of(t);
+  // Where the part of the peer at this distance ends; 0 if there is none.
+  TWOSHOT_DEVICE uint32_t end_of(uint32_t distance) const {
+    const uint32_t peer = team.peer(distance);
+    return Ranks::kWhole || distance < team.size() ? first_of(peer) + lines_of(peer) : 0;
+  }
+
+  TWOSHOT_DEVICE void load_tile(Tile (&raw)[kPeers], uint32_t t, uint32_t near) const {
 TWOSHOT_UNROLL
-    for (uint32_t j = 0; j < kBatch * kPeers; j++) {
-      const uint32_t index = i + 32 * (j / kPeers), source = first_of(team.peer(near + j % kPeers)) + index;
-      const bool here = t < tiles && exists(near + j % kPeers, index);
-      raw[j] = Raw<ALIGNED>{};
-      payload.load_raw_if(raw[j], source, here && payload.full(source));
+    for (uint32_t p = 0; p < kPeers; p++) {
+      raw[p] = Tile{};
+      payload.load_run(raw[p], first_of(team.peer(near + p)) + line_of(t), t < tiles ? end_of(near + p) : 0);
     }
   }
 
-  TWOSHOT_DEVICE void store_tile(const Raw<ALIGNED> (&raw)[kBatch * kPeers], uint32_t t, uint32_t near, bool stores) const {
+  TWOSHOT_DEVICE void store_tile(const Tile (&raw)[kPeers], uint32_t t, uint32_t near, bool stores) const {
     const uint32_t k = t >> tile_shift(), i = line_of(t);
 TWOSHOT_UNROLL
-    for (uint32_t j = 0; j < kBatch * kPeers; j++) {
-      const uint32_t index = i + 32 * (j / kPeers), peer = team.peer(near + j % kPeers);
-      const bool here = stores && exists(near + j % kPeers, index) && payload.full(first_of(peer) + index);
-      st_relaxed_sys_v4_if(staged(peer, TWOSHOT_PHASE_SCATTER, team.rank, k, index), payload.loaded(raw[j]), here);
+    for (uint32_t p = 0; p < kPeers; p++) {
+      const uint32_t peer = team.peer(near + p);
+      Line line[kBatch];
+      payload.loaded_run(line, raw[p]);
+TWOSHOT_UNROLL
+      for (uint32_t u = 0; u < kBatch; u++) {
+        const uint32_t index = i + 32 * u;
+        const bool here = stores && exists(near + p, index) && payload.full(first_of(peer) + index);
+        st_relaxed_sys_v4_if(staged(peer, TWOSHOT_PHASE_SCATTER, team.rank, k, index), line[u], here);
+      }
     }
+  }
+
+  // Whether tile t of some part may hold a line of those at the buffer's ends: the first, and the last two, which lie in the
+  // last part that there is and, where that has one alone, in the part before.
+  TWOSHOT_DEVICE bool at_an_end(uint32_t t) const {
+    const uint32_t i = line_of(t) - this->lane;
+    return i == 0 || i + 32 * kBatch + 2 > lines_of(kOne ? 0 : team.size() - 1);
   }
 
   // The partial line by itself, or where buffers are not aligned those at their ends, so that full ones pay for no more
   // than this.
   TWOSHOT_DEVICE void end_of_tile(uint32_t w, uint32_t t, bool stores) const {
-    if constexpr (!ALIGNED) {
+    if (!ALIGNED && at_an_end(t)) {
       const uint32_t k = t >> tile_shift();
 TWOSHOT_UNROLL_BY(1)
       for (uint32_t d = 1; d < team.size(); d++) {
@@ -184,12 +206,22 @@ TWOSHOT_UNROLL_BY(1)
     this->template mark<Base::kScatterers>(kScattered, w, t);
   }
 
-  // A line of rank r's, which is `own` if that is this rank.
+  // A line of rank r's, of the own part; `own` if that is this rank.
   TWOSHOT_DEVICE Line load_staged(const Line& own, uint32_t k, uint32_t r, uint32_t index) const {
     Line line = own;
     const bool wanted = (Ranks::kWhole || r < team.size()) && r != team.rank && index < lines_of(team.rank);
     ld_relaxed_sys_v4_if(line, staged(team.rank, TWOSHOT_PHASE_SCATTER, r, k, index), wanted);
     return line;
+  }
+
+  // This rank's lines of the own part, whose loads are under way.
+  TWOSHOT_DEVICE void finish_own(Line (&own)[kBatch], const Tile& raw, uint32_t begin, uint32_t i, uint32_t own_lines) const {
+    payload.loaded_run(own, raw);
+TWOSHOT_UNROLL
+    for (uint32_t u = 0; u < kBatch; u++) {
+      const uint32_t index = i + 32 * u;
+      if (index < own_lines && !payload.full(begin + index)) own[u] = payload.load_elements(begin + index);
+    }
   }
 
   // Folds line i of the own part; two-shot: and publishes the result.
@@ -198,19 +230,12 @@ TWOSHOT_UNROLL_BY(1)
 TWOSHOT_UNROLL_BY(1)
     for (uint32_t t = w; t < tiles; t += Base::kReducers) {
       const uint32_t k = t >> tile_shift(), i = line_of(t);
-      Raw<ALIGNED> raw[kBatch];
+      Tile raw;
       Line own[kBatch];
-TWOSHOT_UNROLL
-      for (uint32_t u = 0; u < kBatch; u++) {
-        const uint32_t index = i + 32 * u;
-        payload.load_raw_if(raw[u], begin + index, index < own_lines && payload.full(begin + index));
-      }
-TWOSHOT_UNROLL
-      for (uint32_t u = 0; u < kBatch; u++) {
-        const uint32_t index = i + 32 * u;
-        own[u] = payload.loaded(raw[u]);
-        if (index < own_lines && !payload.full(begin + index)) own[u] = payload.load_elements(begin + index);
-      }
+      payload.load_run(raw, begin + i, begin + own_lines);
+      // What is made of unaligned ones waits until all loads are under way.
+      constexpr bool kLate = Ranks::kWhole && !ALIGNED;
+      if constexpr (!kLate) finish_own(own, raw, begin, i, own_lines);
       await(TWOSHOT_PHASE_SCATTER, k);
       if (kOne && args.in == args.out) this->template await_own<Base::kScatterers>(kScattered, k);
       const bool stores = kOne || this->stores();
@@ -218,7 +243,16 @@ TWOSHOT_UNROLL
         // All loads first; then a line at a time, whose values may take many registers.
         Line line[kBatch * N];
 TWOSHOT_UNROLL
-        for (uint32_t j = 0; j < kBatch * N; j++) line[j] = load_staged(own[j / N], k, j % N, i + 32 * (j / N));
+        for (uint32_t j = 0; j < kBatch * N; j++) {
+          line[j] = load_staged(kLate ? Line{} : own[j / N], k, j % N, i + 32 * (j / N));
+        }
+        if constexpr (kLate) {
+          finish_own(own, raw, begin, i, own_lines);
+TWOSHOT_UNROLL
+          for (uint32_t j = 0; j < kBatch * N; j++) {
+            if (j % N == team.rank) line[j] = own[j / N];
+          }
+        }
 TWOSHOT_UNROLL
         for (uint32_t u = 0; u < kBatch; u++) {
           typename T::Fold sum;
@@ -251,10 +285,7 @@ TWOSHOT_UNROLL
                                stores && index < own_lines);
         }
       }
-TWOSHOT_UNROLL
-      for (uint32_t u = 0; u < kBatch; u++) {
-        if (i + 32 * u < own_lines) payload.store(begin + i + 32 * u, own[u]);
-      }
+      payload.store_run(begin + i, own, begin + own_lines);
       this->template mark<Base::kReducers>(kReduced, w, t);
     }
   }
@@ -278,10 +309,14 @@ TWOSHOT_UNROLL
 TWOSHOT_UNROLL
         for (uint32_t j = 0; j < kBatch * kPeers; j++) {
           const uint32_t index = i + 32 * (j / kPeers), distance = near + j % kPeers;
-          const uint32_t target = first_of(team.peer(distance)) + index;
-          const bool here = exists(distance, index), full = payload.full(target);
-          payload.store_full_if(target, line[j], here && full);
-          if (!ALIGNED && here && !full) payload.store_elements(target, line[j]);
+          const uint32_t peer = team.peer(distance), target = first_of(peer) + index;
+          if constexpr (ALIGNED) {
+            payload.store_full_if(target, line[j], exists(distance, index) && payload.full(target));
+          } else {
+            static_assert(kBatch == 1, "a lane's lines of a peer are not an array");
+            const Line run[1] = {line[j]};
+            payload.store_run(target, run, end_of(distance));
+          }
         }
       }
       if (ALIGNED && payload.partial != payload.kNone) {
@@ -315,9 +350,10 @@ TWOSHOT_UNROLL
 
   TWOSHOT_DEVICE void run() {
     griddepcontrol_wait_then_launch_dependents(args);
-    const uint32_t epoch = epoch_read(args);
+    const TwoshotEpoch begun = epoch_read(args);
     this->base = this->base_read();
-    if (given_up_before(args, epoch)) return;
+    if (given_up_before(begun)) return;
+    const uint32_t epoch = begun.number;
     Watch watch(args, TWOSHOT_KERNEL_BULK, epoch);
     epoch_advance(args, epoch);
     this->base_advance();

@@ -16,7 +16,7 @@ namespace twoshot {
 template <typename E>
 struct RuntimeFold {
   using Value = typename E::Value;
-  static constexpr int kValues = E::kLineBytes / E::kBytes;
+  static constexpr int kValues = E::kLineBytes / E::kValueBytes;
   Value value[kValues];
 
   TWOSHOT_DEVICE void clear() {
@@ -57,8 +57,10 @@ TWOSHOT_UNROLL
   }
 };
 
-template <typename E>
+// kValueBytes: of a line, in a value; more than an element where one operation does several.
+template <typename E, uint32_t BYTES>
 struct Runtime {
+  static constexpr uint32_t kBytes = BYTES, kValueBytes = BYTES;
   static constexpr int kMostTogether = 4;
   using Fold = RuntimeFold<E>;
 };
@@ -77,8 +79,7 @@ struct Single {
 };
 
 template <typename T>
-struct Wide : Single, Runtime<Wide<T>> {
-  static constexpr uint32_t kBytes = T::kBytes;
+struct Wide : Single, Runtime<Wide<T>, T::kBytes> {
   static constexpr uint32_t kLineBytes = TWOSHOT_LINE_BYTES;
   static TWOSHOT_DEVICE void unpack(const Line& line, float* values, uint32_t) {
 TWOSHOT_UNROLL
@@ -96,26 +97,34 @@ using f16op = Wide<f16>;
 using bf16op = Wide<bf16>;
 
 // e4m3 and e5m2. Both are exact in f16; e5m2 is its upper byte.
-struct fp8 : Single, Runtime<fp8> {
-  static constexpr uint32_t kBytes = 1;
+struct fp8 : Single, Runtime<fp8, 1> {
   static constexpr uint32_t kLineBytes = TWOSHOT_HALF_BYTES;
+  // One branch for all pairs.
   static TWOSHOT_DEVICE void unpack(const Line& line, float* values, uint32_t type) {
+    const auto pairs = [&](auto halves) {
 TWOSHOT_UNROLL
-    for (int pair = 0; pair < 4; pair++) {
-      const uint32_t bits = line.word[pair / 2] >> (16 * (pair % 2)) & 0xFFFFu;
-      const uint32_t halves =
-          type == TWOSHOT_TYPE_E5M2 ? (bits & 0xFFu) << 8 | (bits & 0xFF00u) << 16 : cvt_rn_f16x2_e4m3x2(bits);
-      cvt_f16x2_f32(halves, values[2 * pair], values[2 * pair + 1]);
+      for (int pair = 0; pair < 4; pair++) {
+        cvt_f16x2_f32(halves(line.word[pair / 2] >> (16 * (pair % 2)) & 0xFFFFu), values[2 * pair], values[2 * pair + 1]);
+      }
+    };
+    if (type == TWOSHOT_TYPE_E5M2) {
+      pairs([](uint32_t bits) { return (bits & 0xFFu) << 8 | (bits & 0xFF00u) << 16; });
+    } else {
+      pairs([](uint32_t bits) { return cvt_rn_f16x2_e4m3x2(bits); });
     }
   }
   static TWOSHOT_DEVICE Line pack(const float* values, uint32_t type) {
     Line line = {};
+    const auto pairs = [&](auto bits) {
 TWOSHOT_UNROLL
-    for (int pair = 0; pair < 4; pair++) {
-      const float low = values[2 * pair], high = values[2 * pair + 1];
-      const uint32_t bits = type == TWOSHOT_TYPE_E5M2 ? cvt_rn_satfinite_e5m2x2_f32(low, high)
-                                                      : cvt_rn_satfinite_e4m3x2_f32(low, high);
-      line.word[pair / 2] |= bits << (16 * (pair % 2));
+      for (int pair = 0; pair < 4; pair++) {
+        line.word[pair / 2] |= bits(values[2 * pair], values[2 * pair + 1]) << (16 * (pair % 2));
+      }
+    };
+    if (type == TWOSHOT_TYPE_E5M2) {
+      pairs([](float low, float high) { return cvt_rn_satfinite_e5m2x2_f32(low, high); });
+    } else {
+      pairs([](float low, float high) { return cvt_rn_satfinite_e4m3x2_f32(low, high); });
     }
     return line;
   }
@@ -123,8 +132,7 @@ TWOSHOT_UNROLL
 
 // ---- f64 ------------------------------------------------------------------------------------------------------------
 
-struct f64 : Runtime<f64> {
-  static constexpr uint32_t kBytes = 8;
+struct f64 : Runtime<f64, 8> {
   static constexpr uint32_t kLineBytes = TWOSHOT_HALF_BYTES;
   using Value = double;
   static TWOSHOT_DEVICE void unpack(const Line& line, double* values, uint32_t) {
@@ -169,31 +177,48 @@ struct Integer {
   }
 };
 
-struct i8 : Integer<int32_t, uint32_t>, Runtime<i8> {
-  static constexpr uint32_t kBytes = 1;
+// A value is a word of four elements: sums add all of them at once, the rest takes one after the other.
+struct i8 : Runtime<i8, 1> {
+  static constexpr uint32_t kValueBytes = 4;
   static constexpr uint32_t kLineBytes = TWOSHOT_HALF_BYTES;
-  static TWOSHOT_DEVICE uint32_t extend(uint32_t value, uint32_t type) {
-    const uint32_t byte = value & 0xFFu;
+  using Value = uint32_t;
+  using One = Integer<int32_t, uint32_t>;
+  static TWOSHOT_DEVICE uint32_t element(uint32_t word, int e, uint32_t type) {
+    const uint32_t byte = word >> (8 * e) & 0xFFu;
     return is_signed(type) && byte >= 0x80u ? byte | 0xFFFFFF00u : byte;
   }
-  static TWOSHOT_DEVICE void unpack(const Line& line, uint32_t* values, uint32_t type) {
+  template <typename F>
+  static TWOSHOT_DEVICE uint32_t each(F result) {
+    uint32_t word = 0;
 TWOSHOT_UNROLL
-    for (int e = 0; e < 8; e++) values[e] = extend(line.word[e / 4] >> (8 * (e % 4)), type);
+    for (int e = 0; e < 4; e++) word |= (result(e) & 0xFFu) << (8 * e);
+    return word;
   }
-  static TWOSHOT_DEVICE Line pack(const uint32_t* values, uint32_t) {
-    Line line = {};
-TWOSHOT_UNROLL
-    for (int e = 0; e < 8; e++) line.word[e / 4] |= (values[e] & 0xFFu) << (8 * (e % 4));
-    return line;
+  static TWOSHOT_DEVICE void unpack(const Line& line, uint32_t* values, uint32_t) {
+    values[0] = line.word[0];
+    values[1] = line.word[1];
+  }
+  static TWOSHOT_DEVICE Line pack(const uint32_t* values, uint32_t) { return Line{{values[0], values[1], 0, 0}}; }
+  // No carry leaves an element: the upper bits are added apart.
+  static TWOSHOT_DEVICE uint32_t sum(uint32_t a, uint32_t b) {
+    return ((a & 0x7F7F7F7Fu) + (b & 0x7F7F7F7Fu)) ^ ((a ^ b) & 0x80808080u);
+  }
+  static TWOSHOT_DEVICE uint32_t product(uint32_t a, uint32_t b) {
+    return each([&](int e) { return (a >> (8 * e)) * (b >> (8 * e)); });
+  }
+  static TWOSHOT_DEVICE uint32_t larger(uint32_t a, uint32_t b, uint32_t type) {
+    return each([&](int e) { return One::larger(element(a, e, type), element(b, e, type), type); });
+  }
+  static TWOSHOT_DEVICE uint32_t smaller(uint32_t a, uint32_t b, uint32_t type) {
+    return each([&](int e) { return One::smaller(element(a, e, type), element(b, e, type), type); });
   }
   // The sum wraps in eight bits before it is divided.
   static TWOSHOT_DEVICE uint32_t quotient(uint32_t a, uint32_t ranks, uint32_t type) {
-    return Integer::quotient(extend(a, type), ranks, type);
+    return each([&](int e) { return One::quotient(element(a, e, type), ranks, type); });
   }
 };
 
-struct i32 : Integer<int32_t, uint32_t>, Runtime<i32> {
-  static constexpr uint32_t kBytes = 4;
+struct i32 : Integer<int32_t, uint32_t>, Runtime<i32, 4> {
   static constexpr uint32_t kLineBytes = TWOSHOT_HALF_BYTES;
   static TWOSHOT_DEVICE void unpack(const Line& line, uint32_t* values, uint32_t) {
     values[0] = line.word[0];
@@ -202,8 +227,7 @@ struct i32 : Integer<int32_t, uint32_t>, Runtime<i32> {
   static TWOSHOT_DEVICE Line pack(const uint32_t* values, uint32_t) { return Line{{values[0], values[1], 0, 0}}; }
 };
 
-struct i64 : Integer<int64_t, uint64_t>, Runtime<i64> {
-  static constexpr uint32_t kBytes = 8;
+struct i64 : Integer<int64_t, uint64_t>, Runtime<i64, 8> {
   static constexpr uint32_t kLineBytes = TWOSHOT_HALF_BYTES;
   static TWOSHOT_DEVICE void unpack(const Line& line, uint64_t* values, uint32_t) {
     values[0] = uint64_t{line.word[1]} << 32 | line.word[0];

@@ -9,6 +9,7 @@
 
 #include "folds.cuh"
 #include "lamport.cuh"
+#include "payload.cuh"
 #include "types.cuh"
 
 namespace twoshot {
@@ -110,8 +111,9 @@ TWOSHOT_UNROLL_BY(Ranks::kUnroll)
     // The first batch and the epoch are fetched together; the batch stays in registers, for mostly it is the only one.
     Line own[U];
     begin_load(own, first);
-    const uint32_t epoch = epoch_read(args);
-    if (given_up_before(args, epoch)) return;
+    const TwoshotEpoch begun = epoch_read(args);
+    if (given_up_before(begun)) return;
+    const uint32_t epoch = begun.number;
     finish_load(own, first);
     const uint64_t stage = stage_offset(args, epoch);
     push(own, stage, first);

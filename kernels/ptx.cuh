@@ -108,6 +108,18 @@ TWOSHOT_DEVICE uint32_t shf_r_b32(uint32_t low, uint32_t high, uint32_t bits) {
   return value;
 }
 
+// The line that this lane of the warp holds; all lanes take part.
+TWOSHOT_DEVICE Line shfl_idx_v4(const Line& line, uint32_t lane) {
+  Line other;
+TWOSHOT_UNROLL
+  for (int w = 0; w < 4; w++) {
+    asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xFFFFFFFF;"
+                 : "=r"(other.word[w])
+                 : "r"(line.word[w]), "r"(lane));
+  }
+  return other;
+}
+
 // ---- windows: every access is relaxed at system scope ----------------------------------------------------------
 
 TWOSHOT_DEVICE void ld_relaxed_sys_v4_if(Line& line, uint64_t address, bool wanted) {
@@ -131,6 +143,10 @@ TWOSHOT_DEVICE uint32_t ld_relaxed_sys_u32(uint64_t address) {
   uint32_t value;
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
   return value;
+}
+
+TWOSHOT_DEVICE void ld_relaxed_sys_v2_u32(uint64_t address, uint32_t& first, uint32_t& second) {
+  asm volatile("ld.relaxed.sys.global.v2.u32 {%0, %1}, [%2];" : "=r"(first), "=r"(second) : "l"(address) : "memory");
 }
 
 TWOSHOT_DEVICE void st_relaxed_sys_u32(uint64_t address, uint32_t value) {

@@ -206,8 +206,9 @@ TWOSHOT_UNROLL_BY(1)
   TWOSHOT_DEVICE void run() const {
     const uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
     griddepcontrol_wait_then_launch_dependents(args);
-    const uint32_t epoch = epoch_read(args);
-    if (given_up_before(args, epoch)) return;
+    const TwoshotEpoch begun = epoch_read(args);
+    if (given_up_before(begun)) return;
+    const uint32_t epoch = begun.number;
     const uint64_t stage = stage_offset(args, epoch);
 
     // Whole tiles, for all threads of a block go through its barriers. The epoch's is the first tile's.

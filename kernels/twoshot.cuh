@@ -7,6 +7,7 @@
 
 #include "folds.cuh"
 #include "lamport.cuh"
+#include "payload.cuh"
 #include "types.cuh"
 
 namespace twoshot {
@@ -61,8 +62,9 @@ TWOSHOT_UNROLL
           line[k] = payload.load_any(source);
         }
       }
-      epoch = epoch_read(args);
-      if (given_up_before(args, epoch)) return kNoEpoch;
+      const TwoshotEpoch begun = epoch_read(args);
+      if (given_up_before(begun)) return kNoEpoch;
+      epoch = begun.number;
       if constexpr (ALIGNED) patch_partial<U>(line, near, i);
       const uint64_t stage = stage_offset(args, epoch);
 TWOSHOT_UNROLL

@@ -16,7 +16,7 @@ pub const LINES_ALIGN: u64 = 8;
 /// Stages that rotate with the epoch. Two would be correct (docs/protocol-model.md); the third is slack.
 pub const STAGES: u64 = 3;
 /// Bytes in front of stage 0 that only the owner touches (`TwoshotState`).
-pub const HEADER: u64 = 4096;
+pub const HEADER: u64 = 8192;
 /// Bytes at the end of the header that no kernel of ours touches.
 pub const SPARE: u64 = 64;
 /// Most blocks of one launch: the number of epoch replicas in the header.

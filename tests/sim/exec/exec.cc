@@ -34,6 +34,9 @@ struct Fiber {
   State state;
   unsigned thread;
   Block* block;
+  // What the lanes of the warp may fetch: of this exchange and of the one before, which not all may have read yet.
+  uint32_t shown[2][4];
+  unsigned exchanges;
 };
 
 // As many free blocks as there are, up to `most`.
@@ -114,6 +117,15 @@ class Executor {
     yield();
   }
 
+  void warp_exchange(const uint32_t mine[4], unsigned lane, uint32_t theirs[4]) {
+    const size_t self = current_;
+    const unsigned turn = fibers_[self].exchanges++ % 2;
+    std::copy_n(mine, 4, fibers_[self].shown[turn]);
+    warp_barrier();
+    const unsigned thread = fibers_[self].thread / kWarp * kWarp + lane;
+    std::copy_n(fibers_[fibers_[self].block->first + thread].shown[turn], 4, theirs);
+  }
+
   uint32_t& word(uint32_t index) { return fibers_[current_].block->words[index]; }
 
   bool preempt() {
@@ -146,7 +158,7 @@ class Executor {
     block = Block{started_++, launch_.block, 0, first, {}};
     std::fill(std::begin(block.words), std::end(block.words), 0xA5A5A5A5u);  // nobody may rely on what shared memory holds
     for (unsigned t = 0; t < launch_.block; t++) {
-      fibers_[first + t] = Fiber{stacks_.prepare(first + t, enter), State::kReady, t, &block};
+      fibers_[first + t] = Fiber{stacks_.prepare(first + t, enter), State::kReady, t, &block, {}, 0};
     }
   }
 
@@ -220,6 +232,9 @@ void Executor::enter() {
 const Place& here() { return executor->place(); }
 void barrier() { executor->barrier(); }
 void warp_barrier() { executor->warp_barrier(); }
+void warp_exchange(const uint32_t mine[4], unsigned lane, uint32_t theirs[4]) {
+  executor->warp_exchange(mine, lane, theirs);
+}
 uint32_t& block_word(uint32_t index) { return executor->word(index); }
 void pause() { executor->yield(); }
 void progressed() { executor->progressed(); }

@@ -25,6 +25,8 @@ struct Place {
 const Place& here();
 void barrier();            // __syncthreads
 void warp_barrier();       // bar.warp.sync of all lanes
+// shfl.sync.idx of four words of all lanes
+void warp_exchange(const uint32_t mine[4], unsigned lane, uint32_t theirs[4]);
 uint32_t& block_word(uint32_t index);  // shared memory of the running block
 void pause();              // after a failed poll: let the others run
 void progressed();         // this thread wrote something
@@ -120,6 +122,10 @@ inline uint32_t shf_r_b32(uint32_t low, uint32_t high, uint32_t bits) {
 }
 
 inline uint32_t ld_relaxed_sys_u32(uint64_t address) { return host_load(address); }
+inline void ld_relaxed_sys_v2_u32(uint64_t address, uint32_t& first, uint32_t& second) {
+  first = host_load(address);
+  second = host_load(address + 4);
+}
 
 inline void st_relaxed_sys_u32(uint64_t address, uint32_t value) {
   sim::progressed();
@@ -171,6 +177,12 @@ inline void st_release_cta_block_word_done(uint32_t index, uint32_t value) {
   st_release_cta_block_word_ready(index, value);
 }
 inline void bar_warp_sync() { sim::warp_barrier(); }
+
+inline Line shfl_idx_v4(const Line& line, uint32_t lane) {
+  Line other;
+  sim::warp_exchange(line.word, lane, other.word);
+  return other;
+}
 
 inline uint32_t atom_relaxed_gpu_exchange_ticket(uint64_t address, uint32_t ticket) {
   return __atomic_exchange_n(host_pointer<uint32_t>(address), ticket, __ATOMIC_RELAXED);

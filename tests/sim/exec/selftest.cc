@@ -237,7 +237,7 @@ void random_calls(unsigned ranks, unsigned calls, uint64_t seed, bool generic, b
   Group group(ranks);
   for (unsigned r = 0; r < ranks; r++) {
     auto* state = reinterpret_cast<TwoshotState*>(group.window(r));
-    std::fill(std::begin(state->epoch), std::end(state->epoch), first_epoch);
+    for (TwoshotEpoch& epoch : state->epoch) epoch.number = first_epoch;
     state->ticket = 2 * first_epoch;
   }
   multicast_group = &group;
@@ -282,9 +282,9 @@ void random_calls(unsigned ranks, unsigned calls, uint64_t seed, bool generic, b
       if (words[i] != TWOSHOT_SENTINEL) fail("a stage word was left behind");
     }
     const auto* state = reinterpret_cast<const TwoshotState*>(group.window(r));
-    for (uint32_t epoch : state->epoch) {
+    for (const TwoshotEpoch& epoch : state->epoch) {
       // Epochs are counted modulo 2^32 - 1, a multiple of the number of stages.
-      if (epoch != (uint64_t{first_epoch} + calls) % 0xFFFFFFFFu) fail("an epoch replica was left behind");
+      if (epoch.number != (uint64_t{first_epoch} + calls) % 0xFFFFFFFFu) fail("an epoch replica was left behind");
     }
   }
   std::printf("%u ranks: %u calls%s%s%s: every bit as expected\n", ranks, calls, generic ? ", generic" : "",

@@ -1,6 +1,7 @@
 // Lines of buffers that begin anywhere: what is read of them is the buffer's own, and what is made of it is right.
 #define TWOSHOT_HOST 1
 #include "exec.h"
+#include "payload.cuh"
 #include "types.cuh"
 
 #include <cstring>
@@ -12,7 +13,7 @@ namespace {
 
 using namespace twoshot;
 
-alignas(16) uint8_t memory[512], target[512];
+alignas(16) uint8_t memory[4608], target[4608];
 
 template <typename T>
 const char* check() {
@@ -59,6 +60,61 @@ struct Narrow {
   static constexpr uint32_t kBytes = 1, kLineBytes = TWOSHOT_LINE_BYTES;
 };
 
+// A warp stores the lines [begin, end) of a payload, 32 U of them at most, together.
+template <typename T, int U>
+const char* check_run() {
+  const uint32_t lane = threadIdx.x;
+  const char* wrong = nullptr;
+  for (size_t to = 0; to < 16; to += T::kBytes) {
+    const size_t offset = (to * 5 + T::kBytes) % 16;  // from none to all but an element
+    for (const size_t lines : {1, 2, 3, 32, 33, 34, 65, 127, 128, 129, 200}) {
+      for (const size_t missing : {size_t{0}, size_t{1}, size_t{16} / T::kBytes - 1}) {
+        for (const uint32_t begin : {0u, 1u, 40u}) {
+          const size_t count = lines * (16 / T::kBytes) - missing;
+          if (begin >= lines || count == 0) continue;
+          TwoshotArgs args = {};
+          args.in = reinterpret_cast<uintptr_t>(memory + 64 + offset);
+          args.out = reinterpret_cast<uintptr_t>(target + 64 + to);
+          args.count = count;
+          const Payload<T, false> payload(args);
+          for (uint32_t i = 0; i < payload.lines; i++) {
+            const uint64_t granule = payload.granule_of(i), past = args.in + count * T::kBytes;
+            if (payload.owns_granule_of(i) && (granule < args.in || granule + 16 > past)) return "a granule leaves its buffer";
+            if (payload.full(i) && !(payload.owns_granule_of(i) && payload.owns_granule_of(i + 1))) {
+              return "a full line is not loaded";
+            }
+          }
+          for (const uint32_t end : {payload.lines, begin + 1, begin + 31, begin + 32, begin + 33}) {
+            if (end > payload.lines) continue;
+            if (lane == 0) std::memset(target, 0xA5, sizeof target);
+            bar_warp_sync();
+            Line line[U] = {};
+            RawRun<false, U> raw;
+            payload.load_run(raw, begin + lane, end);
+            payload.loaded_run(line, raw);
+            for (uint32_t u = 0; u < U; u++) {
+              const uint32_t i = begin + lane + 32 * u;
+              if (i < end && !payload.full(i)) line[u] = payload.load_elements(i);
+            }
+            payload.store_run(begin + lane, line, end);
+            bar_warp_sync();
+            const size_t last = begin + 32 * U < end ? begin + 32 * U : end;
+            const size_t from = 16 * begin, stop = 16 * last < count * T::kBytes ? 16 * last : count * T::kBytes;
+            for (size_t i = lane; i < sizeof target; i += 32) {
+              const size_t at = i - 64 - to;
+              const bool inside = i >= 64 + to && at >= from && at < stop;
+              if (!inside && target[i] != 0xA5) wrong = "a run was stored outside its lines";
+              if (inside && target[i] != memory[64 + offset + at]) wrong = "a run was stored as another";
+            }
+            bar_warp_sync();
+          }
+        }
+      }
+    }
+  }
+  return wrong;
+}
+
 }  // namespace
 
 const char* payload_stays_inside() {
@@ -70,5 +126,14 @@ const char* payload_stays_inside() {
   sim::Launch one_thread = {};
   one_thread.grid = one_thread.block = 1;
   sim::run(sim::Kernel{"payload", entry, 0, 1, 1}, one_thread, nullptr);
+  const auto run = [](const void*) {
+    for (const char* found : {check_run<bf16, 4>(), check_run<f32, 1>(), check_run<f32, 4>(), check_run<Wide, 4>(),
+                              check_run<Narrow, 1>(), check_run<Narrow, 4>()}) {
+      wrong = wrong ? wrong : found;
+    }
+  };
+  sim::Launch warp = one_thread;
+  warp.block = 32;
+  sim::run(sim::Kernel{"run", run, 0, 32, 1}, warp, nullptr);
   return wrong;
 }
