@@ -45,6 +45,13 @@ Format format_of(int type) {
   }
 }
 
+// The smallest value above zero: what rounding errs by there.
+double least_of(int type) {
+  if (type == ncclFloat64) return std::ldexp(1.0, -1074);
+  Format f = format_of(type);
+  return std::ldexp(1.0, 2 - (1 << (f.exponent_bits - 1)) - f.mantissa_bits);
+}
+
 float slow_decode(int type, uint64_t bits) {
   Format f = format_of(type);
   int exponent = int(bits >> f.mantissa_bits) & ((1 << f.exponent_bits) - 1);
@@ -461,6 +468,7 @@ size_t compare(const Expectation& expected, const uint8_t* got, int type, int op
   if (exact >= 2) tolerant = false;
   bool switched = exact == 3 && op == ncclSum && is_float(type) && type_bytes(type) <= 4 && type_bytes(type) >= 2;
   double unit = std::ldexp(1.0, type == ncclFloat64 ? -50 : -format_of(type).mantissa_bits);
+  double least = least_of(type);
   size_t wrong[kParts] = {};
   std::string notes[kParts];
   in_parts(count, [&](size_t begin, size_t end, size_t part) {
@@ -479,7 +487,7 @@ size_t compare(const Expectation& expected, const uint8_t* got, int type, int op
         if (tolerant) {
           if (!std::isfinite(a) || !std::isfinite(b)) continue;  // another order may overflow elsewhere
           double scale = op == ncclProd ? std::fabs(a) : expected.magnitude[i];
-          if (std::fabs(a - b) <= unit * double(ranks) * scale + 1e-30) continue;
+          if (std::fabs(a - b) <= double(ranks) * (unit * scale + least)) continue;
         }
       }
       if (wrong[part]++ == 0) {
