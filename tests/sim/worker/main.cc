@@ -1,5 +1,6 @@
 // sim_worker: options, lanes and threads, the summary. See worker.h and script.cc for what a script may say.
 //
+//   sim_worker --check-tolerance
 //   sim_worker --rank R --ranks N --device D --id FILE --program SCRIPT [--nccl PATH] [--threads T | --gpus G]
 //              [--devices a,b,..] [--exact 0|1|2|3] [--blocking 0|1] [--timeout SECONDS]
 //
@@ -214,6 +215,11 @@ std::string json_escape(const std::string& text) {
 }  // namespace worker
 
 int main(int argc, char** argv) {
+  if (argc == 2 && std::string(argv[1]) == "--check-tolerance") {
+    const char* wrong = worker::check_tolerance();
+    printf("%s\n", wrong ? wrong : "ok");
+    return wrong ? 1 : 0;
+  }
   worker::Options options;
   std::string nccl, program;
   int device = 0;

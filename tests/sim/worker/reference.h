@@ -92,4 +92,7 @@ Expectation reduce_reference(const Payload& payload, int type, int op, int ranks
 size_t compare(const Expectation& expected, const uint8_t* got, int type, int op, int ranks, size_t count, int exact,
                std::string* note);
 
+// What is wrong with how `compare` tells a rounding of stock NCCL's from an error; nullptr if nothing is.
+const char* check_tolerance();
+
 }  // namespace worker
