@@ -20,6 +20,8 @@ import jobs
 # The worker's name, bytes of an element, and bytes of lines that carry one byte: src/call.rs.
 TYPES = [("i8", 1, 2), ("u8", 1, 2), ("i32", 4, 2), ("u32", 4, 2), ("i64", 8, 2), ("u64", 8, 2), ("f16", 2, 1),
          ("f32", 4, 1), ("f64", 8, 2), ("bf16", 2, 1), ("e4m3", 1, 2), ("e5m2", 1, 2)]
+# From this payload on the ring takes lines that carry half elsewhere, and up to this one 8-bit floats: src/route.rs.
+WHOLE_LINES, FP8_MOST = 1 << 20, 4 << 20
 OPERATIONS = ["sum", "prod", "max", "min", "avg"]
 # Where the buffers lie; the last is another on every rank.
 PLACEMENTS = ["inplace=0", "inplace=1", "offset=1 out_offset=3", "mixed"]
@@ -42,15 +44,16 @@ class Limits:
         self.ranks, self.oneshot, self.twoshot, self.bulk = ranks, oneshot, twoshot, bulk
         self.most = max(twoshot, bulk)
 
-    def largest(self, size, carried):
+    def largest(self, dtype, size, carried):
         """The most elements that are routed. Lines of the other kinds carry eight bytes of payload in sixteen, but not in
-        the ring, through which elements of one byte go only where nothing else is allowed."""
-        if self.bulk and (size > 1 or self.twoshot == 0):
-            return self.bulk // size
-        most = self.twoshot if self.bulk else self.most
-        return (most // 16 * 8 if carried == 2 else most) // size
+        the ring."""
+        if not self.bulk:
+            return (self.most // 16 * 8 if carried == 2 else self.most) // size
+        if dtype in ("e4m3", "e5m2") and self.twoshot > 0:
+            return min(self.bulk, FP8_MOST)
+        return self.bulk // size
 
-    def counts(self, size, carried, rng):
+    def counts(self, dtype, size, carried, rng):
         """Elements just below, on and just above every edge of the layout: line, slot, shard, switch of the algorithm,
         piece, largest payload; and any."""
         shards, bytes_ = self.ranks * 128, size * carried
@@ -60,8 +63,10 @@ class Limits:
             # Its first payload, and the edges of a chunk and of one on every rank.
             counts |= {edge // size + by for edge in (CHUNK, self.ranks * CHUNK) for by in (-1, 0, 1)}
             counts |= {self.twoshot // bytes_ + by for by in (0, 1)}
-            counts = {count for count in counts if count <= self.largest(size, carried)}
-        most = self.largest(size, carried)
+            if carried == 2:
+                counts |= {WHOLE_LINES // size + by for by in (-1, 0)}
+            counts = {count for count in counts if count <= self.largest(dtype, size, carried)}
+        most = self.largest(dtype, size, carried)
         counts |= {most, most + 1}
         if self.most > PIECE and not self.bulk:
             counts.add(PIECE // bytes_ + 1)
@@ -95,7 +100,7 @@ class Cells:
             self.statements = ["group_start", f"allreduce {calls}", "group_end path=routed"]
 
 
-def plain(limits, share, seed):
+def plain(limits, modes, share, seed):
     """Type x operation x count x placement x mode. `share`: one statement in so many, and six counts of each."""
     rng, found, asked, number = random.Random(seed), [], set(), 0
     for t, (dtype, size, carried) in enumerate(TYPES):
@@ -103,25 +108,27 @@ def plain(limits, share, seed):
             for m, mode in enumerate(MODES):
                 for p, placement in enumerate(PLACEMENTS):
                     number += 1
-                    counts = limits.counts(size, carried, rng)
+                    if mode not in modes:
+                        continue
+                    counts = limits.counts(dtype, size, carried, rng)
                     # Neighbouring statements differ in their placement: every mode of every type and operation is met.
                     if (t + o + m + p + seed) % share:
                         continue
                     if share > 1:
                         first = rng.randrange(len(counts))
                         counts = (counts[first:] + counts[:first])[:6]
-                    most = limits.largest(size, carried)
+                    most = limits.largest(dtype, size, carried)
                     # Nothing to do, and stock NCCL's rules about arguments.
                     stock = [count for count in counts if count > most] + [0] * (mode == "eager")
                     ours = [count for count in counts if count <= most]
                     what = f"dtype={dtype} op={op} {placement} seed={seed % 100000 * 1000 + number}"
                     found += [Cells(mode, part, what, path) for path, part in (("routed", ours), ("stock", stock)) if part]
                     asked.add((dtype, op, mode))
-    assert len(asked) == len(TYPES) * len(OPERATIONS) * len(MODES), "a type, operation or mode is not asked"
+    assert len(asked) == len(TYPES) * len(OPERATIONS) * len(modes), "a type, operation or mode is not asked"
     return found
 
 
-def multiplied(limits, share, seed):
+def multiplied(limits, modes, share, seed):
     """Pre-multiplied sums: type x where the factor is x placement x mode x count, each with a factor of its own on every rank
     and a handle of its own. In a replay a factor on the device is another one, one on the host is not."""
     rng, found, number = random.Random(seed + 1), [], 0
@@ -130,7 +137,9 @@ def multiplied(limits, share, seed):
             for m, mode in enumerate(MODES):
                 for p, placement in enumerate(PLACEMENTS):
                     number += 1
-                    most = limits.largest(size, carried)
+                    if mode not in modes:
+                        continue
+                    most = limits.largest(dtype, size, carried)
                     counts = [1, max(1, 16 // size - 1), 16 // size, 64 // size + 1, most // 2 + 1, most]
                     # A quarter of the statements where not all are taken.
                     if share > 1 and (t + s + m + p + seed) % 4:
@@ -158,7 +167,7 @@ DESCRIBED = re.compile(r"state (\d+), multicast (\d+), one-shot (\d+), two-shot 
 
 
 def described(ranks):
-    """Multicast, and the limits of one-shot, of two-shot and of what goes through the ring, through which elements of one byte go only where nothing else is allowed."""
+    """Multicast, and the limits of one-shot, of two-shot and of what goes through the ring."""
     said = {line["note"] for one in ranks for line in one.said("describe")}
     found = DESCRIBED.match(said.pop()) if len(said) == 1 else None
     jobs.expect(found, f"the ranks do not describe one communicator: {said}", ranks)
@@ -194,7 +203,8 @@ def matrix(place, options, together, seconds, environment):
     """One job. Returns whether all was right."""
     place.together = together
     limits = Limits(place.ranks, *options.limits)
-    found = plain(limits, options.share, options.seed) + multiplied(limits, options.share, options.seed)
+    asked = options.modes.split(","), options.share, options.seed
+    found = plain(limits, *asked) + multiplied(limits, *asked)
     random.Random(options.seed).shuffle(found)
     began = time.monotonic()
     session, ranks = jobs.run(place, program(found, seconds), environment, seconds=seconds + 60)
@@ -222,6 +232,7 @@ def main():
     parser.add_argument("--seed", type=int, help="[random]")
     parser.add_argument("--share", type=int, default=1, help="take one statement in so many, and six counts of each [1: all]")
     parser.add_argument("--how", default="processes,thread", help="which of them, in turn [processes,thread]")
+    parser.add_argument("--modes", default=",".join(MODES), help="which ways to call [all: %(default)s]")
     parser.add_argument("--oneshot", type=int, metavar="BYTES", help="another limit of one-shot than the library's own")
     parser.add_argument("--most", type=int, metavar="BYTES", help="another largest payload")
     parser.add_argument("--algo", help="TWOSHOT_ALGO, such as bulk")

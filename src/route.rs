@@ -42,9 +42,16 @@ pub const NEVER: u64 = u64::MAX;
 /// Up to this payload latency counts, and a launch is over before others miss its multiprocessors.
 pub const SMALL: u64 = 1 << 20;
 
-/// Most of a payload that one launch moves through the ring. One launch could move any, but at 128 MiB and more one was
-/// measured to be half as fast as two of half the size: docs/performance.md.
-const BULK_PIECE: u64 = 64 << 20;
+/// Most of a payload that one launch moves through the ring. One launch could move any, but a long one was measured to fall
+/// to half its speed, at 128 MiB and where buffers are not aligned at 64: docs/performance.md.
+const BULK_PIECE: u64 = 32 << 20;
+
+/// From this payload on the ring, whose lines are whole, is faster than lines that carry half: docs/performance.md.
+const WHOLE_LINES: u64 = 1 << 20;
+
+/// The largest payload of 8-bit floats through the ring: their conversions take longer than the links, and stock NCCL's reads
+/// less. Where nothing but the ring is allowed, all go.
+const FP8_MOST: u64 = 4 << 20;
 
 /// Launches begin at multiples of so many carried bytes, so that all of them see the buffers' alignment.
 const PIECE_ALIGN: u64 = 128;
@@ -129,22 +136,22 @@ pub fn decide(call: &Call, agreed: &Agreement) -> Route {
     let Some(payload) = call.dtype.size().and_then(|size| size.checked_mul(call.count)) else {
         return Route::Stock(Reason::Size);
     };
-    // The limits are about what the links carry: twice the payload where a line holds half as much. Nobody has measured
-    // the cross-overs of these types.
+    // The limits are about what the links carry: twice the payload where a line holds half as much.
     let Some(bytes) = class.packing().carried(payload) else {
         return Route::Stock(Reason::Size);
     };
     if payload < agreed.min_bytes {
         return Route::Stock(Reason::Size);
     }
+    let whole = agreed.twoshot_bytes < bytes || (bytes > payload && payload >= WHOLE_LINES);
     let algorithm = if bytes <= agreed.oneshot_bytes {
         Algorithm::OneShot
     } else if class.specialised() && (agreed.switch_bytes..=agreed.switch_max_bytes).contains(&bytes) {
         Algorithm::Switch
+    } else if whole && payload <= agreed.bulk_bytes {
+        return bulk(call, class, payload, agreed);
     } else if bytes <= agreed.twoshot_bytes {
         Algorithm::TwoShot
-    } else if payload <= agreed.bulk_bytes {
-        return bulk(call, class, payload, agreed);
     } else {
         return Route::Stock(Reason::Size);
     };
@@ -165,8 +172,7 @@ pub fn decide(call: &Call, agreed: &Agreement) -> Route {
 
 /// Through the ring, where every line is all payload.
 fn bulk(call: &Call, class: Class, payload: u64, agreed: &Agreement) -> Route {
-    // Sixteen values a line are too many for so few blocks: stock NCCL was faster. Where nothing else is allowed, they go.
-    if call.dtype.size() == Some(1) && agreed.twoshot_bytes > 0 {
+    if class == Class::Fp8 && payload > FP8_MOST && agreed.twoshot_bytes > 0 {
         return Route::Stock(Reason::Size);
     }
     let layout = &agreed.layout;
@@ -337,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn what_two_shot_leaves_goes_through_the_ring_whatever_its_type_in_launches_of_64_mib() {
+    fn what_two_shot_leaves_goes_through_the_ring_whatever_its_type_in_launches_of_32_mib() {
         let layout = agreed().layout.with_ring(24).unwrap();
         let with = Agreement { layout, bulk_bytes: 64 << 20, ..agreed() };
         let pick = |dtype, count, agreed: &Agreement| match decide(&Call { count, dtype, ..sum(0) }, agreed) {
@@ -348,21 +354,28 @@ mod tests {
         assert_eq!(pick(bf16, 2 << 20, &with).unwrap().0, Algorithm::TwoShot);
         let above = (2 << 20) + 1;
         assert_eq!(pick(bf16, above, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, above)));
-        assert_eq!(pick(bf16, 32 << 20, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, 32 << 20)));
+        assert_eq!(pick(bf16, 32 << 20, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, 16 << 20)));
         assert_eq!(pick(bf16, (32 << 20) + 1, &with), Err(Reason::Size));
-        // Lines that carry half as much end two-shot earlier, but fill the ring like any other.
-        assert_eq!(pick(i64, 1 << 18, &with).unwrap().0, Algorithm::TwoShot);
-        assert_eq!(pick(i64, (1 << 18) + 1, &with).unwrap().0, Algorithm::Bulk);
-        assert_eq!(pick(i64, 8 << 20, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, 8 << 20)));
-        // Elements of one byte are stock NCCL's from there on, unless they were asked for.
-        assert_eq!(pick(i8, 2 << 20, &with).unwrap().0, Algorithm::TwoShot);
-        assert_eq!(pick(i8, (2 << 20) + 1, &with), Err(Reason::Size));
+        // Lines that carry half as much end two-shot at 1 MiB, but fill the ring like any other. Without a ring they have
+        // all of two-shot.
+        for (dtype, size) in [(i64, 8), (i8, 1)] {
+            assert_eq!(pick(dtype, (1 << 20) / size - 1, &with).unwrap().0, Algorithm::TwoShot);
+            assert_eq!(pick(dtype, (1 << 20) / size, &with).unwrap().0, Algorithm::Bulk);
+            assert_eq!(pick(dtype, (2 << 20) / size, &agreed()).unwrap().0, Algorithm::TwoShot);
+            assert_eq!(pick(dtype, (2 << 20) / size + 1, &agreed()), Err(Reason::Size));
+            assert_eq!(pick(dtype, (64 << 20) / size, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, BULK_PIECE / size)));
+            assert_eq!(pick(dtype, (64 << 20) / size + 1, &with), Err(Reason::Size));
+        }
+        // 8-bit floats are stock NCCL's above 4 MiB, unless they were asked for.
+        let e4m3 = DataType::E4M3;
+        assert_eq!(pick(e4m3, FP8_MOST, &with).unwrap().0, Algorithm::Bulk);
+        assert_eq!(pick(e4m3, FP8_MOST + 1, &with), Err(Reason::Size));
         let large = Agreement { bulk_bytes: 1 << 30, ..with };
-        assert_eq!(pick(bf16, 512 << 20, &large), Ok((Algorithm::Bulk, 24, MAX_THREADS, 32 << 20)));
-        assert_eq!(pick(i64, (8 << 20) + 1, &large).unwrap().3, 8 << 20);
+        assert_eq!(pick(bf16, 512 << 20, &large), Ok((Algorithm::Bulk, 24, MAX_THREADS, 16 << 20)));
+        assert_eq!(pick(i64, (4 << 20) + 1, &large).unwrap().3, 4 << 20);
         // Alone it takes small ones too, with a block for each chunk of 8 KiB.
         let alone = Agreement { oneshot_bytes: 0, twoshot_bytes: 0, ..with };
-        assert_eq!(pick(i8, 64 << 20, &alone).unwrap().0, Algorithm::Bulk);
+        assert_eq!(pick(e4m3, 64 << 20, &alone).unwrap().0, Algorithm::Bulk);
         assert_eq!(pick(bf16, 1, &alone), Ok((Algorithm::Bulk, 1, MAX_THREADS, 1)));
         assert_eq!(pick(bf16, 8 * 4 * 4096, &alone).unwrap().1, 4);
         assert_eq!(pick(bf16, 1 << 20, &Agreement { layout: agreed().layout, ..alone }), Err(Reason::Size));

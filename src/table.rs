@@ -84,7 +84,7 @@ const MIB: u64 = 1 << 20;
 pub fn row(world: World) -> Row {
     let hopper_unicast = world.arch / 10 == 9 && !world.multicast;
     let (oneshot_bytes, twoshot_bytes, bulk_bytes, source) = match world.ranks {
-        2 if hopper_unicast => (512 * KIB, 4 * MIB, 128 * MIB, Source::Measured),
+        2 if hopper_unicast => (MIB, 4 * MIB, 128 * MIB, Source::Measured),
         4 if hopper_unicast => (128 * KIB, 4 * MIB, 0, Source::Prototype),
         _ => return modelled::row(world),
     };

@@ -165,7 +165,7 @@ fn a_communicator_with_a_ring_says_how_far_it_goes() {
     report.expect_success().expect_nothing_live();
     for rank in 0..2 {
         let said = verdicts(&report, rank);
-        let expected = "one-shot to 524288 B, two-shot to 4194304 B, bulk to 8388608 B, blocks 1, memory ";
+        let expected = "one-shot to 1048576 B, two-shot to 4194304 B, bulk to 8388608 B, blocks 1, memory ";
         assert!(said.len() == 1 && said[0].contains(expected), "{said:?} does not say {expected}");
     }
 }
