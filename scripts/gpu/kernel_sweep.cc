@@ -3,9 +3,10 @@
 // every answer, and prints the best time and grid of each binary, so that two builds are compared in one run.
 //
 //   g++ -std=c++20 -O2 -I kernels -I $CUDA/include -o sweep scripts/gpu/kernel_sweep.cc -lcuda -lpthread
-//   ./sweep [--ranks N] [--max BYTES] [--blocks LIMIT] [--only one|two|bulk] [--full] [--host] NAME=FATBIN...
+//   ./sweep [--ranks N] [--max BYTES] [--blocks LIMIT] [--only one|two|bulk] [--full] [--host] [--unaligned] NAME=FATBIN...
 //
-// With --only bulk it tries channels, chunks that the ring holds, and sizes of a chunk instead of grids.
+// With --only bulk it tries channels, chunks that the ring holds, and sizes of a chunk instead of grids; with --ring
+// CHANNELS,RING_LOG2,CHUNK_LOG2 as well, that one alone. --unaligned: buffers begin r + 1 elements off on rank r.
 //
 // Needs GPUs that reach each other. Never touches multicast. Every wait is bounded by the kernels' own deadline.
 #include <cuda.h>
@@ -41,9 +42,13 @@ struct Options {
   unsigned ranks = 0, blocks = 132;
   size_t min = 1024, max = size_t{16} << 20, oneshot_max = size_t{16} << 20;
   bool one = true, two = true, bulk = false, full = false, host = false;
+  bool unaligned = false;
+  unsigned ring[3] = {};  // channels, ring_log2, chunk_log2; all 0: try
   bool trigger = false;  // every launch lets its successor in, as with TWOSHOT_PDL=1
   std::string type = "bf16";
   std::vector<std::pair<std::string, std::string>> images;
+
+  size_t offset(unsigned r) const { return unaligned ? 2 * (r + 1) : 0; }
 };
 
 struct Rank {
@@ -132,6 +137,7 @@ struct Grid {
 
 // Channels, a ring and chunks of every size whose slots fit the ring's memory.
 std::vector<Grid> rings(const Options& options) {
+  if (options.ring[0] != 0) return {{options.ring[0], TWOSHOT_BULK_THREADS, options.ring[1], options.ring[2]}};
   std::vector<Grid> all;
   for (const unsigned channels : {16u, 20u, 24u, 32u, 48u, 64u, 128u}) {
     for (unsigned ring = 3; ring <= 5 && channels <= options.blocks; ring++) {
@@ -172,8 +178,8 @@ double time_one(const Options& options, World& world, size_t image, const std::s
       CUfunction function;
       CHECK(cuModuleGetFunction(&function, me.modules[image], kernel.c_str()));
       TwoshotArgs args = {};
-      args.in = me.in;
-      args.out = me.out;
+      args.in = me.in + options.offset(r);
+      args.out = me.out + options.offset(r);
       args.count = bytes / 2;
       args.windows = world.windows;
       args.window_stride = world.stride;
@@ -187,7 +193,7 @@ double time_one(const Options& options, World& world, size_t image, const std::s
       args.channels = grid.blocks;
       args.ring_log2 = static_cast<uint16_t>(grid.ring_log2);
       args.chunk_log2 = static_cast<uint16_t>(grid.chunk_log2);
-      CHECK(cuMemsetD8Async(me.out, 0xA5, bytes, me.stream));
+      CHECK(cuMemsetD8Async(me.out, 0xA5, bytes + options.offset(r), me.stream));
       CHECK(cuStreamSynchronize(me.stream));
       CUgraph graph;
       CUgraphExec executable;
@@ -225,7 +231,7 @@ double time_one(const Options& options, World& world, size_t image, const std::s
       }
       meet.arrive_and_wait();
       std::vector<uint16_t> got(bytes / 2);
-      CHECK(cuMemcpyDtoH(got.data(), me.out, bytes));
+      CHECK(cuMemcpyDtoH(got.data(), me.out + options.offset(r), bytes));
       if (me.control->fault != 0) {
         std::printf("FAILED: %s %u x %u, %zu B: rank %u fault %u, peer %u phase %u line %llu\n", kernel.c_str(), grid.blocks,
                     grid.threads, bytes, r, me.control->fault, me.control->peer, me.control->phase,
@@ -268,7 +274,7 @@ void sweep_rings(const Options& options, World& world, size_t bytes) {
     for (const Grid& grid : rings(options)) {
       if (grid.blocks != channels) flush();
       channels = grid.blocks;
-      if (bytes / world.ranks < size_t{16} << grid.chunk_log2 << (channels > 16 ? 4 : 3)) continue;
+      if (options.ring[0] == 0 && bytes / world.ranks < size_t{16} << grid.chunk_log2 << (channels > 16 ? 4 : 3)) continue;
       world.reset();  // slots lie elsewhere
       const double us = time_one(options, world, image, kernel, grid, bytes);
       if (us < best) best = us, with = grid;
@@ -354,6 +360,10 @@ int main(int argc, char** argv) {
     else if (word == "--blocks") options.blocks = static_cast<unsigned>(number());
     else if (word == "--full") options.full = true;
     else if (word == "--host") options.host = true;
+    else if (word == "--unaligned") options.unaligned = true;
+    else if (word == "--ring") {
+      if (std::sscanf(argv[++i], "%u,%u,%u", &options.ring[0], &options.ring[1], &options.ring[2]) != 3) return 2;
+    }
     else if (word == "--trigger") options.trigger = true;
     else if (word == "--only") {
       const std::string only = argv[++i];
@@ -371,7 +381,7 @@ int main(int argc, char** argv) {
     CHECK(cuCtxSetCurrent(world.rank[r].context));
     std::vector<uint16_t> host(options.max / 2);
     for (size_t i = 0; i < host.size(); i++) host[i] = to_bf16(value(r, i));
-    CHECK(cuMemcpyHtoD(world.rank[r].in, host.data(), options.max));
+    CHECK(cuMemcpyHtoD(world.rank[r].in + options.offset(r), host.data(), options.max));
   }
   char name[64];
   CHECK(cuDeviceGetName(name, sizeof name, 0));
