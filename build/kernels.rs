@@ -18,7 +18,9 @@ pub fn compile(root: &Path, out: &Path) -> Result<(), String> {
     let nvcc = toolchain::nvcc(root)?;
     // The compilers take minutes, and cargo gives every profile a folder of its own: the outputs are kept by their
     // inputs' digest beside the profiles.
-    let kept = beside_profiles(out).join("kernels").join(digest(root, &nvcc)?);
+    let sources = sources(root)?;
+    println!("cargo::rustc-env=TWOSHOT_KERNEL_SOURCES={sources:016x}");
+    let kept = beside_profiles(out).join("kernels").join(digest(sources, &nvcc)?);
     if !kept.join(IMAGE).is_file() {
         let fresh = out.join("kernels");
         let _ = fs::remove_dir_all(&fresh);
@@ -76,19 +78,29 @@ fn build(root: &Path, nvcc: &Path, archive: &Path) -> Result<(), String> {
 }
 
 /// What the outputs depend on: the kernel sources, this file's commands, the compiler.
-fn digest(root: &Path, nvcc: &Path) -> Result<String, String> {
+fn digest(sources: u64, nvcc: &Path) -> Result<String, String> {
     let mut hasher = std::hash::DefaultHasher::new();
     include_str!("kernels.rs").hash(&mut hasher);
     run(Command::new(nvcc).arg("--version"))?.hash(&mut hasher);
+    sources.hash(&mut hasher);
+    Ok(format!("{:016x}", hasher.finish()))
+}
+
+/// FNV-1a, 64 bits, of the kernel sources: the same wherever the library is built, since ranks compare it.
+fn sources(root: &Path) -> Result<u64, String> {
     let folder = root.join("kernels");
     let listed = fs::read_dir(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     let mut files: Vec<PathBuf> = listed.flatten().map(|entry| entry.path()).collect();
     files.sort();
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for file in files {
-        file.file_name().hash(&mut hasher);
-        fs::read(&file).map_err(|error| format!("{}: {error}", file.display()))?.hash(&mut hasher);
+        let name = file.file_name().unwrap_or_default().as_encoded_bytes();
+        let text = fs::read(&file).map_err(|error| format!("{}: {error}", file.display()))?;
+        for byte in [name, &[0], text.as_slice(), &[0]].concat() {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
     }
-    Ok(format!("{:016x}", hasher.finish()))
+    Ok(hash)
 }
 
 fn one_target(nvcc: &Path, root: &Path, archive: &Path, target: &str, architectures: &[&str]) -> Result<(), String> {

@@ -363,7 +363,10 @@ mod tests {
             assert_eq!(pick(dtype, (1 << 20) / size, &with).unwrap().0, Algorithm::Bulk);
             assert_eq!(pick(dtype, (2 << 20) / size, &agreed()).unwrap().0, Algorithm::TwoShot);
             assert_eq!(pick(dtype, (2 << 20) / size + 1, &agreed()), Err(Reason::Size));
-            assert_eq!(pick(dtype, (64 << 20) / size, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, BULK_PIECE / size)));
+            assert_eq!(
+                pick(dtype, (64 << 20) / size, &with),
+                Ok((Algorithm::Bulk, 24, MAX_THREADS, BULK_PIECE / size))
+            );
             assert_eq!(pick(dtype, (64 << 20) / size + 1, &with), Err(Reason::Size));
         }
         // 8-bit floats are stock NCCL's above 4 MiB, unless they were asked for.

@@ -44,9 +44,11 @@ fn digest128(bytes: &[u8]) -> [u8; 16] {
     hash.to_le_bytes()
 }
 
-/// What tells this version from others.
+/// What tells this build from others that it must not share memory with: its version, and the kernels' sources, whose
+/// headers are the layout of that memory.
 pub fn build() -> u64 {
-    let digest = digest128(concat!(env!("CARGO_PKG_VERSION"), "/", env!("CARGO_PKG_NAME")).as_bytes());
+    let words = [env!("CARGO_PKG_VERSION"), env!("CARGO_PKG_NAME"), env!("TWOSHOT_KERNEL_SOURCES")];
+    let digest = digest128(words.join("/").as_bytes());
     u64::from_le_bytes([digest[0], digest[1], digest[2], digest[3], digest[4], digest[5], digest[6], digest[7]])
 }
 

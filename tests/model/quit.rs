@@ -30,7 +30,8 @@ impl Model {
         }
     }
 
-    /// One thread gives up; the claim is there at once, for it is an atomic.
+    /// One thread gives up. The claim is there at once for those who claim it too, an atomic; other launches see its copies
+    /// beside the epochs, and only once this one has ended.
     pub fn give_up(&self, state: &mut State, a: usize, t: usize) -> Outcome {
         let actor = &mut state.actors[a];
         if actor.claim == 0 {

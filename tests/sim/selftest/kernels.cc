@@ -30,8 +30,9 @@ struct Domain {
         CUmemAccessDesc access = {{CU_MEM_LOCATION_TYPE_DEVICE, 0}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
         OK(cuMemMap(windows + kUnit * size_t(a.rank), kUnit, 0, own, 0));
         OK(cuMemSetAccess(windows + kUnit * size_t(a.rank), kUnit, &access, 1));
-        OK(cuMemsetD8_v2(windows + kUnit * size_t(a.rank), 0, 4096));
-        OK(cuMemsetD32_v2(windows + kUnit * size_t(a.rank) + 4096, 0xFFFAFFFA, (kUnit - 4096) / 4));
+        OK(cuMemsetD8_v2(windows + kUnit * size_t(a.rank), 0, TWOSHOT_HEADER_BYTES));
+        OK(cuMemsetD32_v2(windows + kUnit * size_t(a.rank) + TWOSHOT_HEADER_BYTES, 0xFFFAFFFA,
+                         (kUnit - TWOSHOT_HEADER_BYTES) / 4));
         publish("window." + std::to_string(a.rank), &name, sizeof name);
         for (int r = 0; r < a.ranks; r++) {
             if (r == a.rank) continue;
@@ -113,7 +114,7 @@ static void allreduce(const Args& a) {
     args.window_stride = kUnit;
     args.multicast = domain.multicast;
     args.control = uint64_t(control);
-    args.stage_bytes = (kUnit - 4096) / 3 / 128 * 128;
+    args.stage_bytes = (kUnit - TWOSHOT_HEADER_BYTES) / 3 / 128 * 128;
     args.timeout_ns = 30ull * 1000000000;
     args.rank = uint32_t(a.rank);
     args.ranks = uint32_t(a.ranks);
