@@ -214,7 +214,13 @@ TWOSHOT_UNROLL_BY(1)
     return line;
   }
 
-  // This rank's lines of the own part, whose loads are under way.
+  // This rank's lines of the own part, where there is such a tile.
+  TWOSHOT_DEVICE void load_own(Tile& raw, uint32_t t) const {
+    const uint32_t begin = first_of(team.rank);
+    payload.load_run(raw, begin + line_of(t), t < tiles ? begin + lines_of(team.rank) : 0);
+  }
+
+  // Once their loads are under way.
   TWOSHOT_DEVICE void finish_own(Line (&own)[kBatch], const Tile& raw, uint32_t begin, uint32_t i, uint32_t own_lines) const {
     payload.loaded_run(own, raw);
 TWOSHOT_UNROLL
@@ -227,15 +233,24 @@ TWOSHOT_UNROLL
   // Folds line i of the own part; two-shot: and publishes the result.
   TWOSHOT_DEVICE void reduce(uint32_t w) const {
     const uint32_t own_lines = lines_of(team.rank), begin = first_of(team.rank);
+    // What is made of unaligned lines waits until all loads are under way, and takes so long that the own ones are loaded a tile
+    // ahead.
+    constexpr bool kLate = Ranks::kWhole && !ALIGNED;
+    Tile ahead;
+    if constexpr (kLate) load_own(ahead, w);
 TWOSHOT_UNROLL_BY(1)
     for (uint32_t t = w; t < tiles; t += Base::kReducers) {
       const uint32_t k = t >> tile_shift(), i = line_of(t);
       Tile raw;
       Line own[kBatch];
-      payload.load_run(raw, begin + i, begin + own_lines);
-      // What is made of unaligned ones waits until all loads are under way.
-      constexpr bool kLate = Ranks::kWhole && !ALIGNED;
-      if constexpr (!kLate) finish_own(own, raw, begin, i, own_lines);
+      if constexpr (kLate) {
+        raw = ahead;
+        ahead = Tile{};
+        load_own(ahead, t + Base::kReducers);
+      } else {
+        load_own(raw, t);
+        finish_own(own, raw, begin, i, own_lines);
+      }
       await(TWOSHOT_PHASE_SCATTER, k);
       if (kOne && args.in == args.out) this->template await_own<Base::kScatterers>(kScattered, k);
       const bool stores = kOne || this->stores();
