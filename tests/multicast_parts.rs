@@ -218,7 +218,13 @@ fn the_hundred_and_twenty_ninth_object_is_refused_and_its_communicator_uses_unic
     let objects = report.session.sum_of_stats().unwrap().total("multicast_objects");
     assert_eq!(objects, 128);
     let all = |wire| (0..34).map(|rank| wires(&report, rank, wire)).sum::<usize>();
-    assert_eq!((all("multicast"), all("unicast")), (2 * 128, 2));
+    let off: Vec<&str> = report
+        .outcomes
+        .iter()
+        .flat_map(|outcome| outcome.stdout.lines())
+        .filter(|line| line.contains(": OFF"))
+        .collect();
+    assert_eq!((all("multicast"), all("unicast")), (2 * 128, 2), "{off:?}");
 }
 
 #[test]
