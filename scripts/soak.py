@@ -105,8 +105,10 @@ def soak_program(rng, place, segments):
             program += [*mid_flight(rng, place), "init"]
         if graphs and rng.random() < 0.5:
             program, graphs = program + ["drop_graphs"], False
-    # The driver lets go of a graph's objects a moment later; what comes behind the last end of a communicator would stay.
-    return program + ["drop_graphs", "sleep ms=150", "destroy", "release"]
+    # Every rank is routed at least once: what it was given so far may have been a communicator of its own, which is stock
+    # NCCL's. The driver lets go of a graph's objects a moment later; what comes behind the last end of a communicator would
+    # stay.
+    return program + ["allreduce count=100", "drop_graphs", "sleep ms=150", "destroy", "release"]
 
 
 # Modes ---------------------------------------------------------------------------------------------------------------
