@@ -197,23 +197,45 @@ fn call(peer: &Peer, rank: u32, round: u8) -> Result<OwnedFd> {
 pub fn receive(socket: &OwnedFd, rank: u32) -> Result<Option<OwnedFd>> {
     // As above: exactly one byte is an answer.
     let mut byte = [0; 2];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC;
-    match recvmsg(socket, &mut [IoSliceMut::new(&mut byte)], &mut control, flags) {
-        Ok(message) if message.bytes == 1 => {}
+    let fds = match next_message(socket, &mut byte) {
+        Ok((1, fds)) => fds,
         Ok(_) => return Err(Error::Peer { rank, step: "passing file descriptors (it closed the socket)" }),
         Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
         Err(errno) => return Err(system("receive from a peer's socket")(errno)),
+    };
+    match <[OwnedFd; 1]>::try_from(fds) {
+        Ok([fd]) => Ok(Some(fd)),
+        Err(_) => Err(Error::Protocol("a peer sent another number of descriptors than one")),
     }
+}
+
+/// The length of the next message, cut to `bytes`, and what came with it, without blocking; length 0: the other end is
+/// closed.
+///
+/// What looks like the end is asked for once more. Linux first looks for a message and only then whether the other end is
+/// closed, so the last message of an end that sends and closes in between would be lost; and an end that closes with
+/// messages unread resets the other, whose own next message is then hidden by the error, once.
+fn next_message(socket: &OwnedFd, bytes: &mut [u8]) -> rustix::io::Result<(usize, Vec<OwnedFd>)> {
+    match try_message(socket, bytes) {
+        Ok((0, _)) => try_message(socket, bytes),
+        Err(Errno::CONNRESET) => match try_message(socket, bytes) {
+            Err(Errno::AGAIN) => Ok((0, Vec::new())),
+            second => second,
+        },
+        first => first,
+    }
+}
+
+fn try_message(socket: &OwnedFd, bytes: &mut [u8]) -> rustix::io::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT | RecvFlags::TRUNC;
+    let message = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut control, flags)?;
     let fds = control.drain().filter_map(|message| match message {
         RecvAncillaryMessage::ScmRights(fds) => Some(fds),
         _ => None,
     });
-    match <[OwnedFd; 1]>::try_from(fds.flatten().collect::<Vec<_>>()) {
-        Ok([fd]) => Ok(Some(fd)),
-        Err(_) => Err(Error::Protocol("a peer sent another number of descriptors than one")),
-    }
+    Ok((message.bytes, fds.flatten().collect()))
 }
 
 fn wait<'a>(
