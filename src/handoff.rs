@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, recv, recvmsg, send,
-    sendmsg, socket_with, sockopt,
+    sendmsg, socket_with,
 };
 
 use crate::error::{Error, Result};
@@ -179,7 +179,9 @@ impl Desk {
 
 /// Whether this process's own user, or root, is at the other end.
 fn same_user(socket: &OwnedFd) -> bool {
-    sockopt::socket_peercred(socket).is_ok_and(|peer| peer.uid == rustix::process::geteuid() || peer.uid.is_root())
+    // rustix has this too, but no process id 0, which is that of a rank in another container (PID namespace).
+    let peer = nix::sys::socket::getsockopt(socket, nix::sys::socket::sockopt::PeerCredentials);
+    peer.is_ok_and(|peer| peer.uid() == rustix::process::geteuid().as_raw() || peer.uid() == 0)
 }
 
 fn call(peer: &Peer, rank: u32, round: u8) -> Result<OwnedFd> {

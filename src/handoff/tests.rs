@@ -88,3 +88,58 @@ fn a_peer_that_is_gone_is_an_error_at_once() {
     let desk = Desk::open(2).unwrap();
     assert!(desk.trade(0, 0, None, &[peer], PATIENCE).is_err());
 }
+
+/// Name and token of a desk as one word, and back.
+fn told(desk: &Desk) -> String {
+    desk.name.iter().chain(&desk.token).map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn heard(rank: u32, word: &str) -> Peer {
+    let byte = |i: usize| u8::from_str_radix(&word[2 * i..2 * i + 2], 16).expect("a told desk");
+    Peer { rank, name: std::array::from_fn(byte), token: std::array::from_fn(|i| byte(16 + i)) }
+}
+
+const OTHER_END: &str = "TWOSHOT_TEST_OTHER_END";
+
+fn trade_with(rank: u32, peer: Peer, desk: &Desk) -> String {
+    let mine = file_saying(&format!("of {rank}"));
+    let got = desk.trade(rank, 0, Some((mine.as_fd(), 1)), &[peer], PATIENCE).expect("a descriptor");
+    got.into_iter().map(read).collect()
+}
+
+#[test]
+#[ignore = "the other rank of the next test, which starts it"]
+fn the_rank_in_the_other_pid_namespace() {
+    let peer = heard(0, &std::env::var(OTHER_END).expect("started by the next test"));
+    let desk = Desk::open(2).unwrap();
+    println!("DESK {}", told(&desk));
+    assert_eq!(trade_with(1, peer, &desk), "of 0");
+}
+
+#[test]
+fn ranks_in_containers_of_their_own_pass_descriptors_though_neither_has_a_process_id_for_the_other() {
+    use std::io::BufRead;
+    let desk = Desk::open(2).unwrap();
+    let unshare = || {
+        let mut command = std::process::Command::new("unshare");
+        command.args(["--pid", "--fork"]);
+        command
+    };
+    if !unshare().arg("true").output().is_ok_and(|done| done.status.success()) {
+        eprintln!("skipped: PID namespaces are not permitted here");
+        return;
+    }
+    let mut other = unshare()
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "handoff::tests::the_rank_in_the_other_pid_namespace", "--ignored", "--nocapture"])
+        .env(OTHER_END, told(&desk))
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufReader::new(other.stdout.take().unwrap()).lines();
+    let word =
+        lines.find_map(|line| Some(line.ok()?.split_once("DESK ")?.1.to_owned())).expect("the other rank's desk");
+    assert_eq!(trade_with(0, heard(1, &word), &desk), "of 1");
+    let rest: Vec<_> = lines.map_while(|line| line.ok()).collect();
+    assert!(other.wait().unwrap().success(), "{rest:?}");
+}
