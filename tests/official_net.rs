@@ -243,7 +243,13 @@ fn ranks_of_different_domains_are_refused_and_the_log_names_the_way_out() {
     for outcome in &outcomes {
         assert_eq!(outcome.end, End::Exit(1), "{outcome}");
     }
-    assert!(outcomes.iter().any(|outcome| outcome.stdout.contains("set TWOSHOT_NET")), "{}", outcomes[0]);
+    // The first to end has it from its own accept or from the other's; the second may see no more than that the first is gone.
+    assert!(
+        outcomes.iter().any(|outcome| outcome.stdout.contains("set TWOSHOT_NET")),
+        "{}{}",
+        outcomes[0],
+        outcomes[1]
+    );
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::super::address::Handle;
 use super::super::bootstrap::{Listener, connect, read_exact, system, write_all};
 use super::announce::Announcements;
-use super::greeting::{GREETING, Greeting};
+use super::greeting::{Apart, GREETING, Greeting};
 use super::link::{Link, Room, Window};
 use super::pipe::Pipe;
 use super::reach::Reached;
@@ -86,6 +86,7 @@ fn deadline() -> Duration {
 
 /// The receiver's answer: how to open its window.
 const ANSWER: usize = 1 + 8 + 64 + 16 + 16;
+/// Or what keeps the two apart.
 const REFUSED: u8 = 0;
 const BY_FD: u8 = 1;
 const BY_NAME: u8 = 2;
@@ -155,7 +156,10 @@ fn open(answer: &[u8; ANSWER], context: &Arc<Context>) -> Result<(Window, Option
             (HandleType::Fd, memory, Some((channel, Ring::open(ring.as_fd())?)))
         }
         BY_NAME => (HandleType::Fabric, Allocation::import(context, bytes, Imported::Fabric(&name))?, None),
-        _ => return Err(Error::Protocol("the receiver could not offer its memory (its log says why)")),
+        refusal => {
+            let failed = Error::Protocol("the receiver could not offer its memory (its log says why)");
+            return Err(Apart::from_code(refusal).map_or(failed, Apart::error));
+        }
     };
     Ok((Window::new(&memory, context, granularity(context, handle)?, handle, None)?, local))
 }
@@ -191,7 +195,14 @@ fn called(
 
 fn accepting(listener: &Listener, ordinal: i32, given_up: &AtomicBool) -> Result<Receiving> {
     let (mut socket, theirs) = called(listener, false, None, given_up)?;
-    let offered = Greeting::of([0; 16], ordinal).and_then(|ours| ours.way_to(&theirs)).and_then(|handle| {
+    let mut refusal = REFUSED;
+    let way = Greeting::of([0; 16], ordinal).and_then(|ours| {
+        ours.way_to(&theirs).map_err(|apart| {
+            refusal = apart.code();
+            apart.error()
+        })
+    });
+    let offered = way.and_then(|handle| {
         let context = crate::setup::context(ordinal)?;
         let (align, room) = (granularity(&context, handle)?, Room::take(handle));
         let memory = Allocation::create(&context, room.bytes.next_multiple_of(align), handle)?;
@@ -203,7 +214,7 @@ fn accepting(listener: &Listener, ordinal: i32, given_up: &AtomicBool) -> Result
     let (context, memory, window, shareable) = match offered {
         Ok(offered) => offered,
         Err(error) => {
-            answer[0] = REFUSED;
+            answer[0] = refusal;
             said(write_all(&mut socket, &answer, soon()))?;
             return Err(error);
         }

@@ -20,6 +20,38 @@ pub struct Greeting {
     fabric_handles: bool,
 }
 
+/// Why two ends cannot share memory.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Apart {
+    /// They are not built alike.
+    Builds,
+    /// They are in no NVLink domain in common.
+    Domains,
+}
+
+impl Apart {
+    /// As the receiver tells the sender: whichever of the two is heard first says it to its user.
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Builds => 0xB0,
+            Self::Domains => 0xD0,
+        }
+    }
+
+    /// From what the receiver said.
+    pub fn from_code(code: u8) -> Option<Self> {
+        [Self::Builds, Self::Domains].into_iter().find(|apart| apart.code() == code)
+    }
+
+    /// For the user.
+    pub fn error(self) -> Error {
+        Error::Protocol(match self {
+            Self::Builds => "the ranks run different versions of twoshot",
+            Self::Domains => "two ranks are in no NVLink domain in common: set TWOSHOT_NET to the network between them",
+        })
+    }
+}
+
 /// Bytes of a greeting.
 pub const GREETING: usize = 16 + 8 + 16 + 1 + 16 + 4 + 1 + 1;
 
@@ -69,9 +101,9 @@ impl Greeting {
     }
 
     /// How memory can be shared with another end.
-    pub fn way_to(&self, other: &Self) -> Result<HandleType> {
+    pub fn way_to(&self, other: &Self) -> std::result::Result<HandleType, Apart> {
         if self.build != other.build {
-            return Err(Error::Protocol("the ranks run different versions of twoshot"));
+            return Err(Apart::Builds);
         }
         if self.host == other.host {
             return Ok(HandleType::Fd);
@@ -83,7 +115,7 @@ impl Greeting {
         if one_fabric && self.fabric_handles && other.fabric_handles {
             return Ok(HandleType::Fabric);
         }
-        Err(Error::Protocol("two ranks are in no NVLink domain in common: set TWOSHOT_NET to the network between them"))
+        Err(Apart::Domains)
     }
 }
 
@@ -108,11 +140,19 @@ mod tests {
         assert_eq!(ours.way_to(&greeting(1, 9, 9)).unwrap(), HandleType::Fd);
         assert_eq!(ours.way_to(&greeting(2, 5, 2)).unwrap(), HandleType::Fabric);
         for other in [greeting(2, 5, 3), greeting(2, 6, 2), Greeting { fabric_handles: false, ..greeting(2, 5, 2) }] {
-            let error = ours.way_to(&other).unwrap_err().to_string();
-            assert!(error.contains("TWOSHOT_NET"), "{error}");
+            assert_eq!(ours.way_to(&other), Err(Apart::Domains));
         }
-        assert!(greeting(1, 0, 2).way_to(&greeting(2, 0, 2)).is_err());
-        assert!(ours.way_to(&Greeting { build: 8, ..greeting(1, 5, 2) }).is_err());
+        assert_eq!(greeting(1, 0, 2).way_to(&greeting(2, 0, 2)), Err(Apart::Domains));
+        assert_eq!(ours.way_to(&Greeting { build: 8, ..greeting(1, 5, 2) }), Err(Apart::Builds));
+    }
+
+    #[test]
+    fn both_ends_say_the_same_of_what_keeps_them_apart() {
+        for apart in [Apart::Builds, Apart::Domains] {
+            assert_eq!(Apart::from_code(apart.code()), Some(apart));
+        }
+        assert!(Apart::Domains.error().to_string().contains("set TWOSHOT_NET"));
+        assert_eq!(Apart::from_code(0), None);
     }
 
     #[test]
