@@ -23,8 +23,8 @@
 #define TWOSHOT_BULK_SCATTERERS 4
 #define TWOSHOT_BULK_REDUCERS 6
 #define TWOSHOT_BULK_COLLECTORS 4
-#define TWOSHOT_BULK_SCATTERERS_OF_TWO 4 /* between two ranks, where nobody collects */
-#define TWOSHOT_BULK_REDUCERS_OF_TWO 10
+#define TWOSHOT_BULK_SCATTERERS_OF_TWO 6 /* between two ranks, where nobody collects */
+#define TWOSHOT_BULK_REDUCERS_OF_TWO 8
 #define TWOSHOT_BULK_MAX_RANKS 16  /* a poller has 16 lanes for each phase */
 #define TWOSHOT_FLAG_BYTES 8
 #define TWOSHOT_BLOCK_WORDS 96     /* words of shared memory that the warps of a block tell each other */

@@ -46,35 +46,43 @@ struct HalvesFold {
   }
 };
 
+// kBatchLog2: lines of a lane in a tile where more than two ranks are folded, as a power of two: their folds are all under way
+// at once. kInAnyOrder: of two ranks, to the last bit.
+template <typename T>
+constexpr bool kSums = false;
+template <>
+constexpr bool kSums<f32> = true;
+template <>
+constexpr bool kSums<f16> = true;
+template <>
+constexpr bool kSums<bf16> = true;
+
 template <typename T, uint32_t BYTES = T::kLineBytes>
 struct Whole {
   static constexpr uint32_t kBytes = T::kBytes, kLineBytes = TWOSHOT_LINE_BYTES;
-  static constexpr int kMostTogether = T::kMostTogether;
+  static constexpr uint32_t kBatchLog2 = kSums<T> ? 2 : 1;
+  static constexpr bool kInAnyOrder = kSums<T>;
   using Fold = typename T::Fold;
 };
 
 template <typename T>
 struct Whole<T, TWOSHOT_HALF_BYTES> {
   static constexpr uint32_t kBytes = T::kBytes, kLineBytes = TWOSHOT_LINE_BYTES;
-  static constexpr int kMostTogether = 1;  // a fold is twice as large
+  static constexpr uint32_t kBatchLog2 = 0;  // a fold is twice as large
+  static constexpr bool kInAnyOrder = false;
   using Fold = HalvesFold<T>;
 };
 
 // ---- the roles that move payload ----------------------------------------------------------------------------------
 
-// Lines of a lane, as a power of two: several loads in each phase, of peers or of lines.
-template <int N>
-constexpr uint32_t kBatchLog2 = N == 2 ? 2 : 0;
+template <typename T, int N>
+constexpr uint32_t kBatchLog2 = N == 2 ? 2 : T::kBatchLog2;
 
-// The roles are busy in the same way whether the buffers are aligned or not, but a line of the one kind takes twice as many
-// registers.
+// A tile is 2^kBatchLog2 times 32 lines of a part. Inner tiles, which are nearly all, have nothing but full lines in every
+// part; which those are depends on the payload's size alone.
 template <typename T, int N, bool ALIGNED>
-using TeamOf = Team<N, true, ALIGNED ? T::kMostTogether : (T::kMostTogether + 1) / 2>;
-
-template <typename T, int N, bool ALIGNED>
-struct Bulk : Ring<TeamOf<T, N, ALIGNED>, N == 2, 5 + kBatchLog2<N>> {
-  using Ranks = TeamOf<T, N, ALIGNED>;
-  using Base = Ring<Ranks, N == 2, 5 + kBatchLog2<N>>;
+struct Bulk : Ring<Team<N, true, 1>, N == 2, 5 + kBatchLog2<T, N>> {
+  using Base = Ring<Team<N, true, 1>, N == 2, 5 + kBatchLog2<T, N>>;
   using Base::args;
   using Base::await;
   using Base::first_of;
@@ -85,264 +93,292 @@ struct Bulk : Ring<TeamOf<T, N, ALIGNED>, N == 2, 5 + kBatchLog2<N>> {
   using Base::tile_shift;
   using Base::tiles;
   static constexpr bool kOne = N == 2;
-  static constexpr uint32_t kChunk = Ranks::kChunk;
-  static constexpr uint32_t kPeers = Ranks::kPeers;
-  static constexpr uint32_t kBatch = 1u << kBatchLog2<N>;
-  using Tile = RawRun<ALIGNED, kBatch>;  // of a part
+  static constexpr uint32_t kBatch = 1u << kBatchLog2<T, N>;
+  static constexpr uint32_t kApart = 32 * TWOSHOT_LINE_BYTES;  // two lines of a lane
+  using Tile = RawRun<ALIGNED, kBatch>;                         // of a part
+  using Lines = Line[kBatch];
 
   const Payload<T, ALIGNED> payload;
+  const uint32_t least;  // lines of the smallest part
 
-  explicit TWOSHOT_DEVICE Bulk(const TwoshotArgs& args) : Base(args, Payload<T, ALIGNED>(args).lines), payload(args) {}
+  explicit TWOSHOT_DEVICE Bulk(const TwoshotArgs& args)
+      : Base(args, Payload<T, ALIGNED>(args).lines), payload(args), least(lines_of(kOne ? 0 : team.size() - 1)) {}
 
-  // Whether the part of the peer at this distance has such a line.
-  TWOSHOT_DEVICE bool exists(uint32_t distance, uint32_t index) const {
-    return (Ranks::kWhole || distance < team.size()) && index < lines_of(team.peer(distance));
-  }
-  // Whether a line index is among those of the lane that begins with i.
-  TWOSHOT_DEVICE bool holds(uint32_t i, uint32_t index) const {
-    return index >= i && index - i < (kBatch << 5) && (index - i) % 32 == 0;
-  }
-  // Who has the partial line in its part, to whom this rank scatters it or from whom it collects it.
-  TWOSHOT_DEVICE uint32_t owner_of_partial() const { return kOne ? team.peer(1) : payload.partial / this->shard; }
-
-  // Phase 1: line i of every peer's part to that peer. A warp's loads of a tile are under way while it stores the tile
-  // before, or it would be idle for a memory's latency.
-  TWOSHOT_DEVICE void scatter(uint32_t w) const {
-    constexpr uint32_t kStep = Base::kScatterers;
-    if constexpr (Ranks::kWhole) {
-      Tile even[kPeers], odd[kPeers];
-      load_tile(even, w, 1);
-TWOSHOT_UNROLL_BY(1)
-      for (uint32_t t = w; t < tiles; t += 2 * kStep) {
-        load_tile(odd, t + kStep, 1);
-        scatter_tile(even, w, t);
-        load_tile(even, t + 2 * kStep, 1);
-        scatter_tile(odd, w, t + kStep);
-      }
-    } else {
-TWOSHOT_UNROLL_BY(1)
-      for (uint32_t t = w; t < tiles; t += kStep) {
-        this->await_room(t >> tile_shift());
-        const bool stores = this->stores();
-TWOSHOT_UNROLL_BY(1)
-        for (uint32_t near = 1; near < team.size(); near += kPeers) {
-          Tile raw[kPeers];
-          load_tile(raw, t, near);
-          store_tile(raw, t, near, stores);
-        }
-        end_of_tile(w, t, stores);
-      }
-    }
-  }
-
-  TWOSHOT_DEVICE void scatter_tile(const Tile (&raw)[kPeers], uint32_t w, uint32_t t) const {
-    if (t >= tiles) return;
-    this->await_room(t >> tile_shift());
-    const bool stores = this->stores();
-    store_tile(raw, t, 1, stores);
-    end_of_tile(w, t, stores);
-  }
-
-  // Where the part of the peer at this distance ends; 0 if there is none.
-  TWOSHOT_DEVICE uint32_t end_of(uint32_t distance) const {
-    const uint32_t peer = team.peer(distance);
-    return Ranks::kWhole || distance < team.size() ? first_of(peer) + lines_of(peer) : 0;
-  }
-
-  TWOSHOT_DEVICE void load_tile(Tile (&raw)[kPeers], uint32_t t, uint32_t near) const {
-TWOSHOT_UNROLL
-    for (uint32_t p = 0; p < kPeers; p++) {
-      raw[p] = Tile{};
-      payload.load_run(raw[p], first_of(team.peer(near + p)) + line_of(t), t < tiles ? end_of(near + p) : 0);
-    }
-  }
-
-  TWOSHOT_DEVICE void store_tile(const Tile (&raw)[kPeers], uint32_t t, uint32_t near, bool stores) const {
-    const uint32_t k = t >> tile_shift(), i = line_of(t);
-TWOSHOT_UNROLL
-    for (uint32_t p = 0; p < kPeers; p++) {
-      const uint32_t peer = team.peer(near + p);
-      Line line[kBatch];
-      payload.loaded_run(line, raw[p]);
-TWOSHOT_UNROLL
-      for (uint32_t u = 0; u < kBatch; u++) {
-        const uint32_t index = i + 32 * u;
-        const bool here = stores && exists(near + p, index) && payload.full(first_of(peer) + index);
-        st_relaxed_sys_v4_if(staged(peer, TWOSHOT_PHASE_SCATTER, team.rank, k, index), line[u], here);
-      }
-    }
-  }
-
-  // Whether tile t of some part may hold a line of those at the buffer's ends: the first, and the last two, which lie in the
-  // last part that there is and, where that has one alone, in the part before.
-  TWOSHOT_DEVICE bool at_an_end(uint32_t t) const {
+  // The same for all lanes of a warp.
+  TWOSHOT_DEVICE bool inner(uint32_t t) const {
     const uint32_t i = line_of(t) - this->lane;
-    return i == 0 || i + 32 * kBatch + 2 > lines_of(kOne ? 0 : team.size() - 1);
+    return t < tiles && (ALIGNED || i != 0) && i + 32 * kBatch + (ALIGNED ? 1 : 2) <= least;
   }
 
-  // The partial line by itself, or where buffers are not aligned those at their ends, so that full ones pay for no more
-  // than this.
-  TWOSHOT_DEVICE void end_of_tile(uint32_t w, uint32_t t, bool stores) const {
-    if (!ALIGNED && at_an_end(t)) {
-      const uint32_t k = t >> tile_shift();
+  TWOSHOT_DEVICE uint32_t end_of(uint32_t r) const { return first_of(r) + lines_of(r); }
+
+  // What rank r has in a tile of rank `part`'s part; another's, or what is not there, as zeros.
+  template <bool INNER>
+  TWOSHOT_DEVICE void load_tile(Tile& raw, uint32_t t, uint32_t part) const {
+    if constexpr (!INNER) raw = Tile{};
+    payload.template load_run<INNER>(raw, first_of(part) + line_of(t), t < tiles ? end_of(part) : 0);
+  }
+
+  // Its lines; not inner: those that are not full are looked for by elements.
+  template <bool INNER>
+  TWOSHOT_DEVICE void finish_tile(Lines& line, const Tile& raw, uint32_t t, uint32_t part) const {
+    payload.loaded_run(line, raw);
+    if constexpr (!INNER) {
 TWOSHOT_UNROLL_BY(1)
-      for (uint32_t d = 1; d < team.size(); d++) {
-        const uint32_t peer = team.peer(d);
-TWOSHOT_UNROLL_BY(1)
-        for (uint32_t index = line_of(t); index < line_of(t) + 32 * kBatch && index < lines_of(peer); index += 32) {
-          const uint32_t source = first_of(peer) + index;
-          if (payload.full(source)) continue;
-          st_relaxed_sys_v4_if(staged(peer, TWOSHOT_PHASE_SCATTER, team.rank, k, index), payload.load_elements(source), stores);
-        }
+      for (uint32_t u = 0; u < kBatch; u++) {
+        const uint32_t index = line_of(t) + 32 * u, source = first_of(part) + index;
+        if (index < lines_of(part) && !payload.full(source)) replace(line, u, payload.load_elements(source));
       }
     }
-    if (ALIGNED && payload.partial != payload.kNone) {
-      const uint32_t owner = owner_of_partial(), index = payload.partial - first_of(owner), k = t >> tile_shift();
-      if (owner != team.rank && holds(line_of(t), index)) {
-        st_relaxed_sys_v4_if(staged(owner, TWOSHOT_PHASE_SCATTER, team.rank, k, index),
-                             payload.load_elements(payload.partial), stores);
-      }
-    }
-    this->template mark<Base::kScatterers>(kScattered, w, t);
   }
 
-  // A line of rank r's, of the own part; `own` if that is this rank.
-  TWOSHOT_DEVICE Line load_staged(const Line& own, uint32_t k, uint32_t r, uint32_t index) const {
-    Line line = own;
-    const bool wanted = (Ranks::kWhole || r < team.size()) && r != team.rank && index < lines_of(team.rank);
-    ld_relaxed_sys_v4_if(line, staged(team.rank, TWOSHOT_PHASE_SCATTER, r, k, index), wanted);
-    return line;
-  }
-
-  // This rank's lines of the own part, where there is such a tile.
-  TWOSHOT_DEVICE void load_own(Tile& raw, uint32_t t) const {
-    const uint32_t begin = first_of(team.rank);
-    payload.load_run(raw, begin + line_of(t), t < tiles ? begin + lines_of(team.rank) : 0);
-  }
-
-  // Once their loads are under way.
-  TWOSHOT_DEVICE void finish_own(Line (&own)[kBatch], const Tile& raw, uint32_t begin, uint32_t i, uint32_t own_lines) const {
-    payload.loaded_run(own, raw);
+  // Stores a tile of rank `part`'s part to rank `to`.
+  template <bool INNER>
+  TWOSHOT_DEVICE void send_tile(const Lines& line, uint32_t to, uint32_t phase, uint32_t t, uint32_t part, bool stores) const {
+    const uint32_t i = line_of(t);
+    const uint64_t slot = staged(to, phase, team.rank, t >> tile_shift(), i);
 TWOSHOT_UNROLL
     for (uint32_t u = 0; u < kBatch; u++) {
-      const uint32_t index = i + 32 * u;
-      if (index < own_lines && !payload.full(begin + index)) own[u] = payload.load_elements(begin + index);
+      st_relaxed_sys_v4_if(slot + kApart * u, line[u], stores && (INNER || i + 32 * u < lines_of(part)));
     }
   }
 
-  // Folds line i of the own part; two-shot: and publishes the result.
-  TWOSHOT_DEVICE void reduce(uint32_t w) const {
-    const uint32_t own_lines = lines_of(team.rank), begin = first_of(team.rank);
-    // What is made of unaligned lines waits until all loads are under way, and takes so long that the own ones are loaded a tile
-    // ahead.
-    constexpr bool kLate = Ranks::kWhole && !ALIGNED;
+  // Loads what rank r stored here of a tile of rank `part`'s part, if `wanted`. Other lines stay as they are.
+  template <bool INNER>
+  TWOSHOT_DEVICE void receive_tile(Lines& line, uint32_t r, uint32_t phase, uint32_t t, uint32_t part, bool wanted) const {
+    const uint32_t i = line_of(t);
+    const uint64_t slot = staged(team.rank, phase, r, t >> tile_shift(), i);
+TWOSHOT_UNROLL
+    for (uint32_t u = 0; u < kBatch; u++) {
+      ld_relaxed_sys_v4_if(line[u], slot + kApart * u, wanted && (INNER || i + 32 * u < lines_of(part)));
+    }
+  }
+
+  // ---- phase 1: a tile of every peer's part to that peer
+
+  TWOSHOT_DEVICE void scatter(uint32_t w) const {
+    constexpr uint32_t kStep = Base::kScatterers;
+    uint32_t t = w;
+    if constexpr (kOne) {
+      if (t < tiles && !inner(t)) {
+        scatter_one(t, inner(t));
+        this->template mark<kStep>(kScattered, w, t);
+        t += kStep;
+      }
+      scatter_ahead(t, w);
+    }
+TWOSHOT_UNROLL_BY(1)
+    for (; t < tiles; t += kStep) {
+      scatter_one(t, inner(t));
+      this->template mark<kStep>(kScattered, w, t);
+    }
+  }
+
+  TWOSHOT_DEVICE void scatter_one(uint32_t t, bool all_full) const {
+    this->await_room(t >> tile_shift());
+    const bool stores = this->stores();
+    if (!kOne && all_full) {
+      scatter_tile<true>(t, stores);
+    } else {
+      scatter_tile<false>(t, stores);
+    }
+  }
+
+  // To the only peer: the inner tiles from t on, which is moved behind them. The loads of the next ones are under way while one
+  // is stored, for a memory's latency is that of storing several; of unaligned ones fewer, or the code outgrows its cache.
+  TWOSHOT_DEVICE void scatter_ahead(uint32_t& t, uint32_t w) const {
+    constexpr uint32_t kStep = Base::kScatterers;
+    Tile a, b;
+    load_inner(a, t);
+    if constexpr (ALIGNED) {
+      Tile c, d;
+      load_inner(b, t + kStep);
+      load_inner(c, t + 2 * kStep);
+      for (;;) {
+        load_inner(d, t + 3 * kStep);
+        if (!send_inner(a, t, w)) return;
+        load_inner(a, t + 3 * kStep);
+        if (!send_inner(b, t, w)) return;
+        load_inner(b, t + 3 * kStep);
+        if (!send_inner(c, t, w)) return;
+        load_inner(c, t + 3 * kStep);
+        if (!send_inner(d, t, w)) return;
+      }
+    } else {
+      for (;;) {
+        load_inner(b, t + kStep);
+        if (!send_inner(a, t, w)) return;
+        load_inner(a, t + kStep);
+        if (!send_inner(b, t, w)) return;
+      }
+    }
+  }
+
+  TWOSHOT_DEVICE void load_inner(Tile& raw, uint32_t t) const {
+    if (inner(t)) load_tile<true>(raw, t, 0);
+  }
+
+  TWOSHOT_DEVICE bool send_inner(const Tile& raw, uint32_t& t, uint32_t w) const {
+    if (!inner(t)) return false;
+    this->await_room(t >> tile_shift());
+    const bool stores = this->stores();
+    Lines line;
+    finish_tile<true>(line, raw, t, 0);
+    send_tile<true>(line, team.peer(1), TWOSHOT_PHASE_SCATTER, t, 0, stores);
+    this->template mark<Base::kScatterers>(kScattered, w, t);
+    t += Base::kScatterers;
+    return true;
+  }
+
+  // The next peer's loads are under way while one's lines are stored.
+  template <bool INNER>
+  TWOSHOT_DEVICE void scatter_tile(uint32_t t, bool stores) const {
     Tile ahead;
-    if constexpr (kLate) load_own(ahead, w);
+    load_tile<INNER>(ahead, t, team.peer(1));
 TWOSHOT_UNROLL_BY(1)
-    for (uint32_t t = w; t < tiles; t += Base::kReducers) {
-      const uint32_t k = t >> tile_shift(), i = line_of(t);
-      Tile raw;
-      Line own[kBatch];
-      if constexpr (kLate) {
-        raw = ahead;
-        ahead = Tile{};
-        load_own(ahead, t + Base::kReducers);
-      } else {
-        load_own(raw, t);
-        finish_own(own, raw, begin, i, own_lines);
-      }
-      await(TWOSHOT_PHASE_SCATTER, k);
-      if (kOne && args.in == args.out) this->template await_own<Base::kScatterers>(kScattered, k);
-      const bool stores = kOne || this->stores();
-      if constexpr (Ranks::kWhole) {
-        // All loads first; then a line at a time, whose values may take many registers.
-        Line line[kBatch * N];
-TWOSHOT_UNROLL
-        for (uint32_t j = 0; j < kBatch * N; j++) {
-          line[j] = load_staged(kLate ? Line{} : own[j / N], k, j % N, i + 32 * (j / N));
-        }
-        if constexpr (kLate) {
-          finish_own(own, raw, begin, i, own_lines);
-TWOSHOT_UNROLL
-          for (uint32_t j = 0; j < kBatch * N; j++) {
-            if (j % N == team.rank) line[j] = own[j / N];
-          }
-        }
-TWOSHOT_UNROLL
-        for (uint32_t u = 0; u < kBatch; u++) {
-          typename T::Fold sum;
-          sum.start(line[u * N], args);
-TWOSHOT_UNROLL
-          for (uint32_t r = 1; r < N; r++) sum.add(line[u * N + r], args, r);
-          own[u] = sum.round(args);
-        }
-      } else {
-        typename T::Fold sum;
-        sum.clear();
-TWOSHOT_UNROLL_BY(1)
-        for (uint32_t base = 0; base < team.size(); base += kChunk) {
-          Line line[kChunk];
-TWOSHOT_UNROLL
-          for (uint32_t j = 0; j < kChunk; j++) line[j] = load_staged(own[0], k, base + j, i);
-TWOSHOT_UNROLL
-          for (uint32_t j = 0; j < kChunk; j++) {
-            if (base + j < team.size()) sum.add(line[j], args, base + j);
-          }
-        }
-        own[0] = sum.round(args);
-      }
-TWOSHOT_UNROLL_BY(Ranks::kUnroll)
-      for (uint32_t d = 1; d < team.size() && !kOne; d++) {
-TWOSHOT_UNROLL
-        for (uint32_t u = 0; u < kBatch; u++) {
-          const uint32_t index = i + 32 * u;
-          st_relaxed_sys_v4_if(staged(team.peer(d), TWOSHOT_PHASE_BROADCAST, team.rank, k, index), own[u],
-                               stores && index < own_lines);
-        }
-      }
-      payload.store_run(begin + i, own, begin + own_lines);
-      this->template mark<Base::kReducers>(kReduced, w, t);
+    for (uint32_t d = 1; d < team.size(); d++) {
+      const uint32_t peer = team.peer(d);
+      const Tile raw = ahead;
+      if (d + 1 < team.size()) load_tile<INNER>(ahead, t, team.peer(d + 1));
+      Lines line;
+      finish_tile<INNER>(line, raw, t, peer);
+      send_tile<INNER>(line, peer, TWOSHOT_PHASE_SCATTER, t, peer, stores);
     }
   }
 
-  // Phase 2: line i of every other shard from its owner.
+  // ---- the own part: folds a tile of it; two-shot: and publishes the result
+
+  TWOSHOT_DEVICE void reduce(uint32_t w) const {
+    constexpr uint32_t kStep = Base::kReducers;
+    uint32_t t = w;
+    if constexpr (kOne && ALIGNED) reduce_ahead(t, w);
+TWOSHOT_UNROLL_BY(1)
+    for (; t < tiles; t += kStep) {
+      Tile raw;
+      if (inner(t)) {
+        load_tile<true>(raw, t, team.rank);
+        reduce_tile<true>(raw, t);
+      } else {
+        load_tile<false>(raw, t, team.rank);
+        reduce_tile<false>(raw, t);
+      }
+      this->template mark<kStep>(kReduced, w, t);
+    }
+  }
+
+  // As scatter_ahead.
+  TWOSHOT_DEVICE void reduce_ahead(uint32_t& t, uint32_t w) const {
+    constexpr uint32_t kStep = Base::kReducers;
+    Tile a, b;
+    load_inner(a, t);
+    for (;;) {
+      load_inner(b, t + kStep);
+      if (!reduce_inner(a, t, w)) return;
+      load_inner(a, t + kStep);
+      if (!reduce_inner(b, t, w)) return;
+    }
+  }
+
+  TWOSHOT_DEVICE bool reduce_inner(const Tile& raw, uint32_t& t, uint32_t w) const {
+    if (!inner(t)) return false;
+    reduce_tile<true>(raw, t);
+    this->template mark<Base::kReducers>(kReduced, w, t);
+    t += Base::kReducers;
+    return true;
+  }
+
+  template <bool INNER>
+  TWOSHOT_DEVICE void reduce_tile(const Tile& raw, uint32_t t) const {
+    const uint32_t k = t >> tile_shift();
+    await(TWOSHOT_PHASE_SCATTER, k);
+    if (kOne && args.in == args.out) this->template await_own<Base::kScatterers>(kScattered, k);
+    Lines sum;
+    if constexpr (kOne) {
+      fold_two<INNER>(sum, raw, t);
+    } else {
+      const bool stores = this->stores();
+      fold_all<INNER>(sum, raw, t);
+TWOSHOT_UNROLL_BY(1)
+      for (uint32_t d = 1; d < team.size(); d++) {
+        send_tile<INNER>(sum, team.peer(d), TWOSHOT_PHASE_BROADCAST, t, team.rank, stores);
+      }
+    }
+    payload.template store_run<INNER>(first_of(team.rank) + line_of(t), sum, end_of(team.rank));
+  }
+
+  // What is made of the own lines waits until all loads are under way.
+  template <bool INNER>
+  TWOSHOT_DEVICE void fold_two(Lines& sum, const Tile& raw, uint32_t t) const {
+    Lines own, other = {};
+    receive_tile<INNER>(other, 1 - team.rank, TWOSHOT_PHASE_SCATTER, t, 0, true);
+    finish_tile<INNER>(own, raw, t, 0);
+TWOSHOT_UNROLL
+    for (uint32_t u = 0; u < kBatch; u++) {
+      const bool swap = !T::kInAnyOrder && team.rank != 0;
+      typename T::Fold fold;
+      fold.start(either(swap, other[u], own[u]), args);
+      fold.add(either(swap, own[u], other[u]), args, 1);
+      sum[u] = fold.round(args);
+    }
+  }
+
+  // A rank's loads are under way while the one before is added.
+  template <bool INNER>
+  TWOSHOT_DEVICE void fold_all(Lines& sum, const Tile& raw, uint32_t t) const {
+    Lines own, ahead;
+    finish_tile<INNER>(own, raw, t, team.rank);
+    typename T::Fold fold[kBatch];
+TWOSHOT_UNROLL
+    for (uint32_t u = 0; u < kBatch; u++) {
+      fold[u].clear();
+      ahead[u] = own[u];
+    }
+    receive_tile<INNER>(ahead, 0, TWOSHOT_PHASE_SCATTER, t, team.rank, team.rank != 0);
+TWOSHOT_UNROLL_BY(1)
+    for (uint32_t r = 0; r < team.size(); r++) {
+      Lines line;
+TWOSHOT_UNROLL
+      for (uint32_t u = 0; u < kBatch; u++) {
+        line[u] = ahead[u];
+        ahead[u] = own[u];
+      }
+      receive_tile<INNER>(ahead, r + 1, TWOSHOT_PHASE_SCATTER, t, team.rank, r + 1 < team.size() && r + 1 != team.rank);
+TWOSHOT_UNROLL
+      for (uint32_t u = 0; u < kBatch; u++) fold[u].add(line[u], args, r);
+    }
+TWOSHOT_UNROLL
+    for (uint32_t u = 0; u < kBatch; u++) sum[u] = fold[u].round(args);
+  }
+
+  // ---- phase 2: a tile of every other shard from its owner
+
   TWOSHOT_DEVICE void collect(uint32_t w) const {
 TWOSHOT_UNROLL_BY(1)
     for (uint32_t t = w; t < tiles; t += Base::kCollectors) {
-      const uint32_t k = t >> tile_shift(), i = line_of(t);
-      await(TWOSHOT_PHASE_BROADCAST, k);
-TWOSHOT_UNROLL_BY(Ranks::kUnroll)
-      for (uint32_t near = 1; near < team.size(); near += kPeers) {
-        Line line[kBatch * kPeers];
-TWOSHOT_UNROLL
-        for (uint32_t j = 0; j < kBatch * kPeers; j++) {
-          const uint32_t index = i + 32 * (j / kPeers), distance = near + j % kPeers;
-          line[j] = Line{};
-          ld_relaxed_sys_v4_if(line[j], staged(team.rank, TWOSHOT_PHASE_BROADCAST, team.peer(distance), k, index),
-                               exists(distance, index));
-        }
-TWOSHOT_UNROLL
-        for (uint32_t j = 0; j < kBatch * kPeers; j++) {
-          const uint32_t index = i + 32 * (j / kPeers), distance = near + j % kPeers;
-          const uint32_t peer = team.peer(distance), target = first_of(peer) + index;
-          if constexpr (ALIGNED) {
-            payload.store_full_if(target, line[j], exists(distance, index) && payload.full(target));
-          } else {
-            static_assert(kBatch == 1, "a lane's lines of a peer are not an array");
-            const Line run[1] = {line[j]};
-            payload.store_run(target, run, end_of(distance));
-          }
-        }
-      }
-      if (ALIGNED && payload.partial != payload.kNone) {
-        const uint32_t owner = owner_of_partial(), index = payload.partial - first_of(owner);
-        if (owner != team.rank && holds(i, index)) {
-          Line line = {};
-          ld_relaxed_sys_v4_if(line, staged(team.rank, TWOSHOT_PHASE_BROADCAST, owner, k, index), true);
-          payload.store_elements(payload.partial, line);
-        }
+      await(TWOSHOT_PHASE_BROADCAST, t >> tile_shift());
+      if (inner(t)) {
+        collect_tile<true>(t);
+      } else {
+        collect_tile<false>(t);
       }
       this->template mark<Base::kCollectors>(kCollected, w, t);
+    }
+  }
+
+  template <bool INNER>
+  TWOSHOT_DEVICE void collect_tile(uint32_t t) const {
+    Lines ahead = {};
+    receive_tile<INNER>(ahead, team.peer(1), TWOSHOT_PHASE_BROADCAST, t, team.peer(1), true);
+TWOSHOT_UNROLL_BY(1)
+    for (uint32_t d = 1; d < team.size(); d++) {
+      const uint32_t peer = team.peer(d);
+      Lines line;
+TWOSHOT_UNROLL
+      for (uint32_t u = 0; u < kBatch; u++) line[u] = ahead[u];
+      if (d + 1 < team.size()) {
+        receive_tile<INNER>(ahead, team.peer(d + 1), TWOSHOT_PHASE_BROADCAST, t, team.peer(d + 1), true);
+      }
+      payload.template store_run<INNER>(first_of(peer) + line_of(t), line, end_of(peer));
     }
   }
 

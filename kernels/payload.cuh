@@ -7,18 +7,9 @@
 
 namespace twoshot {
 
-// A full line on its way from memory. Unaligned: the 16-byte granules that it lies in.
-template <bool ALIGNED>
-struct Raw {
-  Line low = {};
-};
-template <>
-struct Raw<false> {
-  Line low = {}, high = {};
-};
-
-// What a warp loads of U times 32 lines in a row, U of each lane: `line` as Raw::low, and of lane 31 the granule behind all
-// of them. What a lane's line lacks the next lane has.
+// What a warp loads of U times 32 lines in a row, U of each lane: the lines, or where those are not aligned the granules, the
+// aligned 16 bytes, in which each begins; `behind`: at lane 0 the granule behind all of them. What a lane's line lacks the
+// next lane has.
 template <bool ALIGNED, int U>
 struct RawRun {
   Line line[U] = {};
@@ -30,10 +21,10 @@ struct RawRun<false, U> {
 
 // 16 bytes of 32, from any byte on that is a multiple of T's elements. Selects, no indexed registers.
 template <typename T>
-TWOSHOT_DEVICE Line from_byte(const Raw<false>& raw, uint32_t byte) {
+TWOSHOT_DEVICE Line from_byte(const Line& low, const Line& high, uint32_t byte) {
   uint32_t word[8];
 TWOSHOT_UNROLL
-  for (int w = 0; w < 4; w++) word[w] = raw.low.word[w], word[w + 4] = raw.high.word[w];
+  for (int w = 0; w < 4; w++) word[w] = low.word[w], word[w + 4] = high.word[w];
 TWOSHOT_UNROLL
   for (int w = 0; w < 6; w++) word[w] = (byte & 8) != 0 ? word[w + 2] : word[w];
 TWOSHOT_UNROLL
@@ -42,6 +33,70 @@ TWOSHOT_UNROLL
 TWOSHOT_UNROLL
   for (int w = 0; w < 4; w++) line.word[w] = T::kBytes < 4 ? shf_r_b32(word[w], word[w + 1], 8 * (byte & 3)) : word[w];
   return line;
+}
+
+// By value: a reference to one of two would need both in memory.
+TWOSHOT_DEVICE Line either(bool first, const Line& a, const Line& b) {
+  Line line;
+TWOSHOT_UNROLL
+  for (int w = 0; w < 4; w++) {
+    const uint32_t of_a = a.word[w], of_b = b.word[w];
+    line.word[w] = first ? of_a : of_b;
+  }
+  return line;
+}
+
+// line[at], without an address; what is rare goes line by line in a loop, so that there is one copy of its code.
+template <int U>
+TWOSHOT_DEVICE Line picked(const Line (&line)[U], uint32_t at) {
+  Line found = line[0];
+TWOSHOT_UNROLL
+  for (int u = 1; u < U; u++) found = either(at == static_cast<uint32_t>(u), line[u], found);
+  return found;
+}
+
+template <int U>
+TWOSHOT_DEVICE void replace(Line (&line)[U], uint32_t at, const Line& by) {
+TWOSHOT_UNROLL
+  for (int u = 0; u < U; u++) line[u] = either(at == static_cast<uint32_t>(u), by, line[u]);
+}
+
+// The same of each line and the next one, which the next lane has; behind lane 31's comes lane 0's one further, at last its
+// `behind`. WORDS: whole words of `byte`, a constant so that nothing is selected and no word shown in vain.
+template <typename T, int WORDS, int U>
+TWOSHOT_DEVICE void shift_run_by(Line (&line)[U], const Line (&from)[U], const Line& behind, uint32_t byte) {
+  const uint32_t lane = threadIdx.x % 32;
+  constexpr int kOfNext = WORDS + (T::kBytes < 4 ? 1 : 0);
+TWOSHOT_UNROLL
+  for (int u = 0; u < U; u++) {
+    uint32_t word[8];
+    Line shown;
+TWOSHOT_UNROLL
+    for (int w = 0; w < 4; w++) {
+      word[w] = from[u].word[w];
+      const uint32_t of_line = from[u + 1 < U ? u + 1 : u].word[w], of_behind = behind.word[w];
+      const uint32_t further = u + 1 < U ? of_line : of_behind, own = from[u].word[w];
+      shown.word[w] = w >= kOfNext ? 0 : lane != 0 ? own : further;
+    }
+    const Line next = shfl_idx<kOfNext>(shown, (lane + 1) % 32);
+TWOSHOT_UNROLL
+    for (int w = 0; w < 4; w++) word[w + 4] = next.word[w];
+TWOSHOT_UNROLL
+    for (int w = 0; w < 4; w++) {
+      line[u].word[w] = T::kBytes < 4 ? shf_r_b32(word[w + WORDS], word[w + WORDS + 1], 8 * (byte & 3)) : word[w + WORDS];
+    }
+  }
+}
+
+// byte: less than 16, the same for all lanes.
+template <typename T, int U>
+TWOSHOT_DEVICE void shift_run(Line (&line)[U], const Line (&from)[U], const Line& behind, uint32_t byte) {
+  if (T::kBytes == 8 ? byte == 0 : byte < 4) return shift_run_by<T, 0>(line, from, behind, byte);
+  if (T::kBytes == 8 || (byte >= 8 && byte < 12)) return shift_run_by<T, 2>(line, from, behind, byte);
+  if constexpr (T::kBytes < 8) {
+    if (byte < 8) return shift_run_by<T, 1>(line, from, behind, byte);
+    shift_run_by<T, 3>(line, from, behind, byte);
+  }
 }
 
 // The caller's two buffers, seen as lines. ALIGNED: both start on a multiple of a line's payload, so a full line is one
@@ -73,32 +128,19 @@ struct Payload {
     return ALIGNED && line < lines && line != partial;
   }
 
-  // In two steps, for those who have more loads to issue before they wait for this one.
-  TWOSHOT_DEVICE void load_raw_if(Raw<ALIGNED>& raw, uint32_t index, bool wanted) const {
-    const uint64_t address = in + uint64_t{index} * T::kLineBytes, granule = address / TWOSHOT_LINE_BYTES * TWOSHOT_LINE_BYTES;
-    if constexpr (T::kLineBytes == TWOSHOT_HALF_BYTES) {
-      ld_weak_v2_if(raw.low, address, wanted);
-    } else if constexpr (ALIGNED) {
-      ld_weak_v4_if(raw.low, address, wanted);
-    } else {
-      ld_weak_v4_if(raw.low, granule, wanted);
-      ld_weak_v4_if(raw.high, granule + TWOSHOT_LINE_BYTES, wanted && granule != address);
-    }
-  }
-
-  TWOSHOT_DEVICE Line loaded(const Raw<ALIGNED>& raw) const {
-    if constexpr (kGranules) {
-      return from_byte<T>(raw, static_cast<uint32_t>(in % TWOSHOT_LINE_BYTES));
-    } else {
-      return raw.low;
-    }
-  }
-
   TWOSHOT_DEVICE void load_full_if(Line& line, uint32_t index, bool wanted) const {
-    Raw<ALIGNED> raw;
-    raw.low = line;
-    load_raw_if(raw, index, wanted);
-    line = loaded(raw);
+    const uint64_t address = in + uint64_t{index} * T::kLineBytes;
+    if constexpr (T::kLineBytes == TWOSHOT_HALF_BYTES) {
+      ld_weak_v2_if(line, address, wanted);
+    } else if constexpr (ALIGNED) {
+      ld_weak_v4_if(line, address, wanted);
+    } else {
+      Line high = {};
+      const uint64_t granule = granule_of(index);
+      ld_weak_v4_if(line, granule, wanted);
+      ld_weak_v4_if(high, granule + TWOSHOT_LINE_BYTES, wanted && granule != address);
+      line = from_byte<T>(line, high, static_cast<uint32_t>(in % TWOSHOT_LINE_BYTES));
+    }
   }
 
   TWOSHOT_DEVICE void store_full_if(uint32_t index, const Line& line, bool wanted) const {
@@ -222,90 +264,100 @@ TWOSHOT_UNROLL_BY(T::kBytes == 1 ? 1 : kPerWord)
   }
 
   // ---- what the lanes of a warp do together: lines index, index + 32, ... of every lane, of those below `end`, without a gap,
-  // for index grows by one from lane to lane
+  // for index grows by one from lane to lane. FULL: all 32 U lines are there, and full; this
+  // saves what looks after ends
 
-  // Loads the full ones, in two steps as above. A poll that acquires empties the first-level cache, so that what two lanes
-  // need is loaded once and handed on.
-  template <int U>
+  // Loads the full ones, in two steps for those who have more loads to issue before they wait for these. A poll that acquires
+  // empties the first-level cache, so that what two lanes need is loaded once and handed on.
+  template <bool FULL, int U>
   TWOSHOT_DEVICE void load_run(RawRun<ALIGNED, U>& raw, uint32_t index, uint32_t end) const {
+    const uint64_t address = granule_of(index);
 TWOSHOT_UNROLL
     for (int u = 0; u < U; u++) {
       const uint32_t i = index + 32 * u;
-      if constexpr (ALIGNED) {
-        ld_weak_v4_if(raw.line[u], in + uint64_t{i} * TWOSHOT_LINE_BYTES, i < end && full(i));
+      if constexpr (FULL) {
+        ld_weak_v4(raw.line[u], address + 32 * TWOSHOT_LINE_BYTES * u);
       } else {
-        ld_weak_v4_if(raw.line[u], granule_of(i), i <= end && owns_granule_of(i));
+        ld_weak_v4_if(raw.line[u], granule_of(i), ALIGNED ? i < end && full(i) : i <= end && owns_granule_of(i));
       }
     }
     if constexpr (!ALIGNED) {
       static_assert(kGranules, "whole lines");
-      const uint32_t behind = index + 32 * (U - 1) + 1;
-      ld_weak_v4_if(raw.behind, granule_of(behind), behind <= end && owns_granule_of(behind) && threadIdx.x % 32 == 31);
+      const uint32_t behind = index + 32 * U;
+      const bool there = FULL || (behind <= end && owns_granule_of(behind));
+      ld_weak_v4_if(raw.behind, address + 32 * TWOSHOT_LINE_BYTES * U, there && threadIdx.x % 32 == 0);
     }
   }
 
   // Where line i begins, and whether all of it is the buffer's.
   TWOSHOT_DEVICE uint64_t granule_of(uint32_t i) const {
-    return in / TWOSHOT_LINE_BYTES * TWOSHOT_LINE_BYTES + uint64_t{i} * TWOSHOT_LINE_BYTES;
+    return (ALIGNED ? in : in / TWOSHOT_LINE_BYTES * TWOSHOT_LINE_BYTES) + uint64_t{i} * TWOSHOT_LINE_BYTES;
   }
   TWOSHOT_DEVICE bool owns_granule_of(uint32_t i) const { return i != 0 && i + 1 < lines; }
 
   template <int U>
   TWOSHOT_DEVICE void loaded_run(Line (&line)[U], const RawRun<ALIGNED, U>& raw) const {
+    if constexpr (ALIGNED) {
 TWOSHOT_UNROLL
-    for (int u = 0; u < U; u++) {
-      if constexpr (ALIGNED) {
-        line[u] = raw.line[u];
-      } else {
-        Raw<false> pair;
-        pair.low = raw.line[u];
-        pair.high = next_of(raw.line, u);
-        if (u + 1 == U && threadIdx.x % 32 == 31) pair.high = raw.behind;
-        line[u] = from_byte<T>(pair, static_cast<uint32_t>(in % TWOSHOT_LINE_BYTES));
-      }
+      for (int u = 0; u < U; u++) line[u] = raw.line[u];
+    } else {
+      shift_run<T>(line, raw.line, raw.behind, static_cast<uint32_t>(in % TWOSHOT_LINE_BYTES));
     }
-  }
-
-  // What the lane that has the next line has: lane 31's is lane 0's one further. Nothing of use for the last.
-  template <int U>
-  static TWOSHOT_DEVICE Line next_of(const Line (&line)[U], int u) {
-    const uint32_t lane = threadIdx.x % 32;
-    Line shown = line[u];
-    if (u + 1 < U && lane == 0) shown = line[u + 1 < U ? u + 1 : u];
-    return shfl_idx_v4(shown, (lane + 1) % 32);
   }
 
   // Unaligned: a granule that lies in two lines is stored at once by who has the first, for a line in pieces costs the
   // second-level cache a write for each; the two halves at the warp's ends, whose granule is another's too, by elements.
-  template <int U>
+  template <bool FULL, int U>
   TWOSHOT_DEVICE void store_run(uint32_t index, const Line (&line)[U], uint32_t end) const {
-    if constexpr (ALIGNED) {
+    const uint32_t shift = ALIGNED ? 0 : static_cast<uint32_t>(out % TWOSHOT_LINE_BYTES);
+    if (FULL && shift == 0) {
+      const uint64_t to = out + uint64_t{index} * TWOSHOT_LINE_BYTES;
 TWOSHOT_UNROLL
-      for (int u = 0; u < U; u++) {
-        if (index + 32 * u < end) store(index + 32 * u, line[u]);
-      }
-    } else {
-      static_assert(kGranules, "whole lines");
-      const uint32_t lane = threadIdx.x % 32, shift = static_cast<uint32_t>(out % TWOSHOT_LINE_BYTES);
-      const uint32_t in_first = shift == 0 ? kPerLine : (TWOSHOT_LINE_BYTES - shift) / T::kBytes;
+      for (int u = 0; u < U; u++) st_weak_v4(to + 32 * TWOSHOT_LINE_BYTES * u, line[u]);
+    } else if (shift == 0) {
 TWOSHOT_UNROLL
       for (int u = 0; u < U; u++) {
         const uint32_t i = index + 32 * u;
-        const bool here = i < end, whole = i != partial;
-        const bool from_before = here && whole && (u != 0 || lane != 0);
-        const bool with_next = here && i + 1 < end && i + 1 != partial && (u + 1 != U || lane != 31);
-        Raw<false> pair;
-        pair.low = line[u];
-        if (shift == 0) {
-          st_weak_v4_if(out + uint64_t{i} * TWOSHOT_LINE_BYTES, line[u], here && whole);
-          if (here && !whole) store_elements(i, line[u]);
-          continue;
-        }
-        pair.high = next_of(line, u);
-        const Line granule = from_byte<T>(pair, TWOSHOT_LINE_BYTES - shift);
-        st_weak_v4_if(out - shift + uint64_t{i + 1} * TWOSHOT_LINE_BYTES, granule, with_next);
-        const uint32_t from = from_before ? in_first : 0, to = with_next ? in_first : kPerLine;
-        if (here && from < to) store_elements(i, line[u], from, to);
+        st_weak_v4_if(out + uint64_t{i} * TWOSHOT_LINE_BYTES, line[u], i < end && i != partial);
+      }
+      const uint32_t u = (partial - index) / 32;
+      if (partial >= index && partial < end && u < U && (partial - index) % 32 == 0) store_elements(partial, picked(line, u));
+    } else if constexpr (!ALIGNED) {
+      store_shifted_run<FULL>(index, line, end, shift);
+    }
+  }
+
+  template <bool FULL, int U>
+  TWOSHOT_DEVICE void store_shifted_run(uint32_t index, const Line (&line)[U], uint32_t end, uint32_t shift) const {
+    static_assert(kGranules, "whole lines");
+    const uint32_t lane = threadIdx.x % 32, in_first = (TWOSHOT_LINE_BYTES - shift) / T::kBytes;
+    const uint64_t behind_first = out - shift + uint64_t{index + 1} * TWOSHOT_LINE_BYTES;
+    Line granule[U];
+    shift_run<T>(granule, line, Line{}, TWOSHOT_LINE_BYTES - shift);
+    if constexpr (FULL) {
+TWOSHOT_UNROLL
+      for (int u = 0; u < U; u++) {
+        st_weak_v4_if(behind_first + 32 * TWOSHOT_LINE_BYTES * u, granule[u], u + 1 != U || lane != 31);
+      }
+      const bool last = lane == 31;
+      if (lane == 0 || last) {
+        store_elements(last ? index + 32 * (U - 1) : index, either(last, line[U - 1], line[0]), last ? in_first : 0,
+                       last ? kPerLine : in_first);
+      }
+    } else {
+      const auto with_next = [&](uint32_t u) {
+        const uint32_t next = index + 32 * u + 1;
+        return next < end && next != partial && (u + 1 != U || lane != 31);
+      };
+TWOSHOT_UNROLL
+      for (uint32_t u = 0; u < U; u++) {
+        st_weak_v4_if(behind_first + 32 * TWOSHOT_LINE_BYTES * u, granule[u], with_next(u));
+      }
+TWOSHOT_UNROLL_BY(1)
+      for (uint32_t u = 0; u < U; u++) {
+        const uint32_t i = index + 32 * u;
+        const uint32_t from = i != partial && (u != 0 || lane != 0) ? in_first : 0, to = with_next(u) ? in_first : kPerLine;
+        if (i < end && from < to) store_elements(i, picked(line, u), from, to);
       }
     }
   }

@@ -53,6 +53,19 @@ TWOSHOT_DEVICE void st_weak_v4_if(uint64_t address, const Line& line, bool wante
       : "memory");
 }
 
+TWOSHOT_DEVICE void ld_weak_v4(Line& line, uint64_t address) {
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(line.word[0]), "=r"(line.word[1]), "=r"(line.word[2]), "=r"(line.word[3])
+               : "l"(address)
+               : "memory");
+}
+
+TWOSHOT_DEVICE void st_weak_v4(uint64_t address, const Line& line) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(line.word[0]), "r"(line.word[1]),
+               "r"(line.word[2]), "r"(line.word[3])
+               : "memory");
+}
+
 // The first two words of a line.
 TWOSHOT_DEVICE void ld_weak_v2_if(Line& line, uint64_t address, bool wanted) {
   asm volatile(
@@ -108,11 +121,12 @@ TWOSHOT_DEVICE uint32_t shf_r_b32(uint32_t low, uint32_t high, uint32_t bits) {
   return value;
 }
 
-// The line that this lane of the warp holds; all lanes take part.
-TWOSHOT_DEVICE Line shfl_idx_v4(const Line& line, uint32_t lane) {
-  Line other;
+// The first WORDS words of the line that this lane of the warp holds, zeros behind them; all lanes take part.
+template <int WORDS>
+TWOSHOT_DEVICE Line shfl_idx(const Line& line, uint32_t lane) {
+  Line other = {};
 TWOSHOT_UNROLL
-  for (int w = 0; w < 4; w++) {
+  for (int w = 0; w < WORDS; w++) {
     asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xFFFFFFFF;"
                  : "=r"(other.word[w])
                  : "r"(line.word[w]), "r"(lane));
@@ -129,6 +143,13 @@ TWOSHOT_DEVICE void ld_relaxed_sys_v4_if(Line& line, uint64_t address, bool want
       : "+r"(line.word[0]), "+r"(line.word[1]), "+r"(line.word[2]), "+r"(line.word[3])
       : "l"(address), "r"(static_cast<uint32_t>(wanted))
       : "memory");
+}
+
+TWOSHOT_DEVICE void ld_relaxed_sys_v4(Line& line, uint64_t address) {
+  asm volatile("ld.relaxed.sys.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(line.word[0]), "=r"(line.word[1]), "=r"(line.word[2]), "=r"(line.word[3])
+               : "l"(address)
+               : "memory");
 }
 
 TWOSHOT_DEVICE void st_relaxed_sys_v4_if(uint64_t address, const Line& line, bool wanted) {
@@ -246,6 +267,18 @@ TWOSHOT_DEVICE void st_release_cta_block_word_done(uint32_t index, uint32_t valu
   asm volatile("st.release.cta.shared.b32 [%0], %1;" ::"r"(block_word(index)), "r"(value) : "memory");
 }
 
+// Whether any lane of the warp says so; all lanes take part and go on together.
+TWOSHOT_DEVICE bool vote_any(bool mine) {
+  uint32_t any;
+  asm volatile("{ .reg .pred p, q; setp.ne.u32 p, %1, 0;\n\t"
+               "vote.sync.any.pred q, p, 0xFFFFFFFF;\n\t"
+               "selp.u32 %0, 1, 0, q; }"
+               : "=r"(any)
+               : "r"(static_cast<uint32_t>(mine))
+               : "memory");
+  return any != 0;
+}
+
 // Orders what the lanes of a warp did before it and do behind it.
 TWOSHOT_DEVICE void bar_warp_sync() { asm volatile("bar.warp.sync 0xFFFFFFFF;" ::: "memory"); }
 
@@ -283,6 +316,9 @@ TWOSHOT_DEVICE uint64_t mov_globaltimer_u64() {
 
 // Between two failed polls. Polls of one thread are spaced by their own latency; only the CPU has to give way.
 TWOSHOT_DEVICE void spin_pause() {}
+
+// Between two looks at a word of the block's: warps that ask without a pause take turns from those that work.
+TWOSHOT_DEVICE void nanosleep_pause() { asm volatile("nanosleep.u32 32;" ::: "memory"); }
 
 // ---- arithmetic: registers only, so neither volatile nor a clobber ------------------------------------------------
 

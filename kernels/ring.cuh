@@ -166,7 +166,7 @@ struct Ring {
     const uint32_t needed = (k >> ahead_log2) + 1;
     uint32_t p = 0;
     do {
-      while (ld_acquire_cta_block_word(mine + (p << ahead_log2)) < needed) spin_pause();
+      while (ld_acquire_cta_block_word(mine + (p << ahead_log2)) < needed) nanosleep_pause();
     } while (++p < peers());
   }
 
@@ -185,7 +185,7 @@ TWOSHOT_UNROLL
   // Waits until chunk k is complete.
   template <uint32_t WARPS>
   TWOSHOT_DEVICE void await_own(uint32_t role, uint32_t k) const {
-    while (complete<WARPS>(role) <= k) spin_pause();
+    while (complete<WARPS>(role) <= k) nanosleep_pause();
   }
 
   // Whether stores to peers still have a reader: not once the poller gave up. Behind a wait, for whoever went on because
@@ -218,22 +218,27 @@ TWOSHOT_UNROLL
     return ONE ? 0 : chunks_of(team.peer(p + 1));
   }
 
+  // All lanes ask at once: lanes that went their own ways would be served one after the other, each for a memory's latency, and
+  // the longer a launch the more of them do.
   TWOSHOT_DEVICE void poll_flags(Watch& watch) const {
     const uint32_t phase = 1 + lane / 16, p = lane % 16 >> ahead_log2, step = 1u << ahead_log2;
-    if (p >= peers()) return;
-    const uint32_t source = team.peer(p + 1), all = awaited(phase, p);
-TWOSHOT_UNROLL_BY(1)
-    for (uint32_t k = lane & (step - 1); k < all; k += step) {
-      const uint64_t address = flag(team.rank, phase, source, k), value = flag_value(k);
-      while (ld_acquire_sys_u64(address) != value) {
-        spin_pause();
-        if (watch.count_spin() && watch.give_up(Missing{source, phase, (channel + k * args.channels) << args.chunk_log2})) {
-          st_release_cta_block_word_ready(kQuit, 1);
-          st_release_cta_block_word_ready(kReady + lane, kAll);
-          return;
-        }
+    const uint32_t source = team.peer(p < peers() ? p + 1 : 1), all = p < peers() ? awaited(phase, p) : 0;
+    uint32_t k = lane & (step - 1);
+    bool waits = k < all;
+    while (vote_any(waits)) {
+      if (!waits) continue;
+      if (ld_acquire_sys_u64(flag(team.rank, phase, source, k)) == flag_value(k)) {
+        st_release_cta_block_word_ready(kReady + lane, k + step < all ? (k >> ahead_log2) + 1 : kAll);
+        k += step;
+        waits = k < all;
+        continue;
       }
-      st_release_cta_block_word_ready(kReady + lane, k + step < all ? (k >> ahead_log2) + 1 : kAll);
+      spin_pause();
+      if (watch.count_spin() && watch.give_up(Missing{source, phase, (channel + k * args.channels) << args.chunk_log2})) {
+        st_release_cta_block_word_ready(kQuit, 1);
+        st_release_cta_block_word_ready(kReady + lane, kAll);
+        waits = false;
+      }
     }
   }
 
@@ -259,7 +264,7 @@ TWOSHOT_UNROLL_BY(1)
       // Whoever went on because the poller gave up has acquired that it did, and so has who acquired from them.
       if (ld_acquire_cta_block_word(kQuit) != 0) return;
       if (now_scattered == scattered && now_reduced == reduced) {
-        spin_pause();
+        nanosleep_pause();
         continue;
       }
       fence_acq_rel_sys();

@@ -42,9 +42,8 @@ pub const NEVER: u64 = u64::MAX;
 /// Up to this payload latency counts, and a launch is over before others miss its multiprocessors.
 pub const SMALL: u64 = 1 << 20;
 
-/// Most of a payload that one launch moves through the ring. One launch could move any, but a long one was measured to fall
-/// to half its speed, at 128 MiB and where buffers are not aligned at 64: docs/performance.md.
-const BULK_PIECE: u64 = 32 << 20;
+/// Most of a payload that one launch moves through the ring: all that was ever routed. One launch could move any.
+const BULK_PIECE: u64 = 128 << 20;
 
 /// From this payload on the ring, whose lines are whole, is faster than lines that carry half: docs/performance.md.
 const WHOLE_LINES: u64 = 1 << 20;
@@ -354,7 +353,7 @@ mod tests {
         assert_eq!(pick(bf16, 2 << 20, &with).unwrap().0, Algorithm::TwoShot);
         let above = (2 << 20) + 1;
         assert_eq!(pick(bf16, above, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, above)));
-        assert_eq!(pick(bf16, 32 << 20, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, 16 << 20)));
+        assert_eq!(pick(bf16, 32 << 20, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, 32 << 20)));
         assert_eq!(pick(bf16, (32 << 20) + 1, &with), Err(Reason::Size));
         // Lines that carry half as much end two-shot at 1 MiB, but fill the ring like any other. Without a ring they have
         // all of two-shot.
@@ -363,10 +362,8 @@ mod tests {
             assert_eq!(pick(dtype, (1 << 20) / size, &with).unwrap().0, Algorithm::Bulk);
             assert_eq!(pick(dtype, (2 << 20) / size, &agreed()).unwrap().0, Algorithm::TwoShot);
             assert_eq!(pick(dtype, (2 << 20) / size + 1, &agreed()), Err(Reason::Size));
-            assert_eq!(
-                pick(dtype, (64 << 20) / size, &with),
-                Ok((Algorithm::Bulk, 24, MAX_THREADS, BULK_PIECE / size))
-            );
+            let most = (64 << 20) / size;
+            assert_eq!(pick(dtype, most, &with), Ok((Algorithm::Bulk, 24, MAX_THREADS, most)));
             assert_eq!(pick(dtype, (64 << 20) / size + 1, &with), Err(Reason::Size));
         }
         // 8-bit floats are stock NCCL's above 4 MiB, unless they were asked for.
@@ -374,8 +371,8 @@ mod tests {
         assert_eq!(pick(e4m3, FP8_MOST, &with).unwrap().0, Algorithm::Bulk);
         assert_eq!(pick(e4m3, FP8_MOST + 1, &with), Err(Reason::Size));
         let large = Agreement { bulk_bytes: 1 << 30, ..with };
-        assert_eq!(pick(bf16, 512 << 20, &large), Ok((Algorithm::Bulk, 24, MAX_THREADS, 16 << 20)));
-        assert_eq!(pick(i64, (4 << 20) + 1, &large).unwrap().3, 4 << 20);
+        assert_eq!(pick(bf16, 512 << 20, &large), Ok((Algorithm::Bulk, 24, MAX_THREADS, 64 << 20)));
+        assert_eq!(pick(i64, (16 << 20) + 1, &large).unwrap().3, 16 << 20);
         // Alone it takes small ones too, with a block for each chunk of 8 KiB.
         let alone = Agreement { oneshot_bytes: 0, twoshot_bytes: 0, ..with };
         assert_eq!(pick(e4m3, 64 << 20, &alone).unwrap().0, Algorithm::Bulk);

@@ -117,9 +117,15 @@ impl<'a> Taint<'a> {
                 Ok(())
             }
             _ => {
-                let Some((target, sources)) = instruction.operands.split_first() else {
+                let Some((target, mut sources)) = instruction.operands.split_first() else {
                     return lost("an instruction without operands that the lint does not know");
                 };
+                // By how many bits is no address either.
+                if ["shf", "shl", "shr"].contains(&instruction.base())
+                    && let [shifted @ .., _] = sources
+                {
+                    sources = shifted;
+                }
                 let origins = sources.iter().map(|source| self.operand(source)).fold(0, |a, b| a | b);
                 for register in registers(target) {
                     *self.registers.entry(register).or_default() |= origins;

@@ -104,9 +104,13 @@ class Executor {
   }
 
   void warp_barrier() {
+    progress_++;
+    warp_meet();
+  }
+
+  void warp_meet() {
     Fiber& self = fibers_[current_];
     self.state = State::kAtWarpBarrier;
-    progress_++;
     const unsigned first = self.thread / kWarp * kWarp, end = std::min(first + kWarp, launch_.block);
     Fiber* const warp = &fibers_[self.block->first];
     bool all = true;
@@ -124,6 +128,18 @@ class Executor {
     warp_barrier();
     const unsigned thread = fibers_[self].thread / kWarp * kWarp + lane;
     std::copy_n(fibers_[fibers_[self].block->first + thread].shown[turn], 4, theirs);
+  }
+
+  // No progress: warps vote on whether to go on waiting.
+  bool warp_any(bool mine) {
+    const size_t self = current_;
+    const unsigned turn = fibers_[self].exchanges++ % 2;
+    fibers_[self].shown[turn][0] = mine;
+    warp_meet();
+    const size_t first = fibers_[self].block->first + fibers_[self].thread / kWarp * kWarp;
+    bool any = false;
+    for (unsigned lane = 0; lane < kWarp; lane++) any = any || fibers_[first + lane].shown[turn][0] != 0;
+    return any;
   }
 
   uint32_t& word(uint32_t index) { return fibers_[current_].block->words[index]; }
@@ -235,6 +251,7 @@ void warp_barrier() { executor->warp_barrier(); }
 void warp_exchange(const uint32_t mine[4], unsigned lane, uint32_t theirs[4]) {
   executor->warp_exchange(mine, lane, theirs);
 }
+bool warp_any(bool mine) { return executor->warp_any(mine); }
 uint32_t& block_word(uint32_t index) { return executor->word(index); }
 void pause() { executor->yield(); }
 void progressed() { executor->progressed(); }

@@ -27,6 +27,8 @@ void barrier();            // __syncthreads
 void warp_barrier();       // bar.warp.sync of all lanes
 // shfl.sync.idx of four words of all lanes
 void warp_exchange(const uint32_t mine[4], unsigned lane, uint32_t theirs[4]);
+// vote.sync.any of all lanes
+bool warp_any(bool mine);
 uint32_t& block_word(uint32_t index);  // shared memory of the running block
 void pause();              // after a failed poll: let the others run
 void progressed();         // this thread wrote something
@@ -94,6 +96,9 @@ inline void st_relaxed_sys_v4_if(uint64_t address, const Line& line, bool wanted
   }
 }
 
+inline void ld_relaxed_sys_v4(Line& line, uint64_t address) { ld_relaxed_sys_v4_if(line, address, true); }
+inline void ld_weak_v4(Line& line, uint64_t address) { ld_relaxed_sys_v4_if(line, address, true); }
+inline void st_weak_v4(uint64_t address, const Line& line) { st_relaxed_sys_v4_if(address, line, true); }
 inline void ld_weak_v4_if(Line& line, uint64_t address, bool wanted) { ld_relaxed_sys_v4_if(line, address, wanted); }
 inline void st_weak_v4_if(uint64_t address, const Line& line, bool wanted) { st_relaxed_sys_v4_if(address, line, wanted); }
 
@@ -176,11 +181,14 @@ inline void st_release_cta_block_word_ready(uint32_t index, uint32_t value) {
 inline void st_release_cta_block_word_done(uint32_t index, uint32_t value) {
   st_release_cta_block_word_ready(index, value);
 }
+inline bool vote_any(bool mine) { return sim::warp_any(mine); }
 inline void bar_warp_sync() { sim::warp_barrier(); }
 
-inline Line shfl_idx_v4(const Line& line, uint32_t lane) {
+template <int WORDS>
+inline Line shfl_idx(const Line& line, uint32_t lane) {
   Line other;
   sim::warp_exchange(line.word, lane, other.word);
+  for (int w = WORDS; w < 4; w++) other.word[w] = 0;
   return other;
 }
 
@@ -202,6 +210,7 @@ inline uint64_t mov_globaltimer_u64() {
   return static_cast<uint64_t>(now.tv_sec) * 1000000000u + static_cast<uint64_t>(now.tv_nsec);
 }
 
+inline void nanosleep_pause() { sim::pause(); }
 inline void spin_pause() { sim::pause(); }
 
 inline float mov_b32_f32(uint32_t bits) {

@@ -60,59 +60,90 @@ struct Narrow {
   static constexpr uint32_t kBytes = 1, kLineBytes = TWOSHOT_LINE_BYTES;
 };
 
-// A warp stores the lines [begin, end) of a payload, 32 U of them at most, together.
+// What a warp loads and stores of the lines [begin, end) of a payload, 32 U of them at most, together.
+template <bool FULL, bool ALIGNED, typename T, int U>
+const char* run(const TwoshotArgs& args, uint32_t begin, uint32_t end) {
+  const uint32_t lane = threadIdx.x;
+  const Payload<T, ALIGNED> payload(args);
+  if (lane == 0) std::memset(target, 0xA5, sizeof target);
+  bar_warp_sync();
+  Line line[U] = {};
+  RawRun<ALIGNED, U> raw;
+  payload.template load_run<FULL>(raw, begin + lane, end);
+  payload.loaded_run(line, raw);
+  for (uint32_t u = 0; u < U; u++) {
+    const uint32_t i = begin + lane + 32 * u;
+    if (i < end && !payload.full(i)) line[u] = payload.load_elements(i);
+  }
+  payload.template store_run<FULL>(begin + lane, line, end);
+  bar_warp_sync();
+  const size_t last = begin + 32 * U < end ? begin + 32 * U : end, bytes = args.count * T::kBytes;
+  const size_t from = 16 * begin, stop = 16 * last < bytes ? 16 * last : bytes;
+  const uint8_t* const in = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(args.in));
+  const size_t out = static_cast<uintptr_t>(args.out) - reinterpret_cast<uintptr_t>(target);
+  const char* wrong = nullptr;
+  for (size_t i = lane; i < sizeof target; i += 32) {
+    const size_t at = i - out;
+    const bool inside = i >= out && at >= from && at < stop;
+    if (!inside && target[i] != 0xA5) wrong = "a run was stored outside its lines";
+    if (inside && target[i] != in[at]) wrong = "a run was stored as another";
+  }
+  bar_warp_sync();
+  return wrong;
+}
+
+template <bool ALIGNED, typename T, int U>
+const char* check_runs_of(const TwoshotArgs& args, bool& was_full) {
+  const Payload<T, ALIGNED> payload(args);
+  const char* wrong = nullptr;
+  for (const uint32_t begin : {0u, 1u, 40u}) {
+    if (begin >= payload.lines) continue;
+    for (const uint32_t end : {payload.lines, begin + 1, begin + 31, begin + 32, begin + 33}) {
+      if (end > payload.lines) continue;
+      const char* found = run<false, ALIGNED, T, U>(args, begin, end);
+      wrong = wrong ? wrong : found;
+      bool all_full = end >= begin + 32 * U;
+      for (uint32_t i = begin; i < begin + 32 * U; i++) all_full = all_full && payload.full(i);
+      if (!all_full) continue;
+      was_full = true;
+      found = run<true, ALIGNED, T, U>(args, begin, end);
+      wrong = wrong ? wrong : found;
+    }
+  }
+  return wrong;
+}
+
 template <typename T, int U>
 const char* check_run() {
-  const uint32_t lane = threadIdx.x;
   const char* wrong = nullptr;
+  bool was_full[2] = {};
   for (size_t to = 0; to < 16; to += T::kBytes) {
     const size_t offset = (to * 5 + T::kBytes) % 16;  // from none to all but an element
     for (const size_t lines : {1, 2, 3, 32, 33, 34, 65, 127, 128, 129, 200}) {
       for (const size_t missing : {size_t{0}, size_t{1}, size_t{16} / T::kBytes - 1}) {
-        for (const uint32_t begin : {0u, 1u, 40u}) {
-          const size_t count = lines * (16 / T::kBytes) - missing;
-          if (begin >= lines || count == 0) continue;
-          TwoshotArgs args = {};
-          args.in = reinterpret_cast<uintptr_t>(memory + 64 + offset);
-          args.out = reinterpret_cast<uintptr_t>(target + 64 + to);
-          args.count = count;
-          const Payload<T, false> payload(args);
-          for (uint32_t i = 0; i < payload.lines; i++) {
-            const uint64_t granule = payload.granule_of(i), past = args.in + count * T::kBytes;
-            if (payload.owns_granule_of(i) && (granule < args.in || granule + 16 > past)) return "a granule leaves its buffer";
-            if (payload.full(i) && !(payload.owns_granule_of(i) && payload.owns_granule_of(i + 1))) {
-              return "a full line is not loaded";
-            }
-          }
-          for (const uint32_t end : {payload.lines, begin + 1, begin + 31, begin + 32, begin + 33}) {
-            if (end > payload.lines) continue;
-            if (lane == 0) std::memset(target, 0xA5, sizeof target);
-            bar_warp_sync();
-            Line line[U] = {};
-            RawRun<false, U> raw;
-            payload.load_run(raw, begin + lane, end);
-            payload.loaded_run(line, raw);
-            for (uint32_t u = 0; u < U; u++) {
-              const uint32_t i = begin + lane + 32 * u;
-              if (i < end && !payload.full(i)) line[u] = payload.load_elements(i);
-            }
-            payload.store_run(begin + lane, line, end);
-            bar_warp_sync();
-            const size_t last = begin + 32 * U < end ? begin + 32 * U : end;
-            const size_t from = 16 * begin, stop = 16 * last < count * T::kBytes ? 16 * last : count * T::kBytes;
-            for (size_t i = lane; i < sizeof target; i += 32) {
-              const size_t at = i - 64 - to;
-              const bool inside = i >= 64 + to && at >= from && at < stop;
-              if (!inside && target[i] != 0xA5) wrong = "a run was stored outside its lines";
-              if (inside && target[i] != memory[64 + offset + at]) wrong = "a run was stored as another";
-            }
-            bar_warp_sync();
+        TwoshotArgs args = {};
+        args.in = reinterpret_cast<uintptr_t>(memory + 64 + offset);
+        args.out = reinterpret_cast<uintptr_t>(target + 64 + to);
+        args.count = lines * (16 / T::kBytes) - missing;
+        if (args.count == 0) continue;
+        const Payload<T, false> payload(args);
+        for (uint32_t i = 0; i < payload.lines; i++) {
+          const uint64_t granule = payload.granule_of(i), past = args.in + args.count * T::kBytes;
+          if (payload.owns_granule_of(i) && (granule < args.in || granule + 16 > past)) return "a granule leaves its buffer";
+          if (payload.full(i) && !(payload.owns_granule_of(i) && payload.owns_granule_of(i + 1))) {
+            return "a full line is not loaded";
           }
         }
+        const char* found = check_runs_of<false, T, U>(args, was_full[0]);
+        wrong = wrong ? wrong : found;
+        if (to != 0) continue;
+        args.in = reinterpret_cast<uintptr_t>(memory + 64);
+        found = check_runs_of<true, T, U>(args, was_full[1]);
+        wrong = wrong ? wrong : found;
       }
     }
   }
-  return wrong;
+  return wrong ? wrong : was_full[0] && was_full[1] ? nullptr : "no run was full";
 }
 
 }  // namespace
