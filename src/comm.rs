@@ -67,6 +67,8 @@ pub struct Communicator {
     busy: AtomicBool,
     ready: OnceLock<Arc<Ready>>,
     hints: Hints,
+    /// Stock NCCL said `ncclInProgress` for it.
+    in_progress: AtomicBool,
     told: AtomicBool,
     cancelled: AtomicBool,
     refusing: AtomicU8,
@@ -96,9 +98,15 @@ impl Communicator {
         }
     }
 
-    /// What is known from its creation.
+    /// What is known from its creation, and of one whose creation was not seen, from what its set-up met.
     pub fn hints(&self) -> Hints {
-        self.hints
+        let non_blocking = self.hints.non_blocking || self.in_progress.load(Ordering::Relaxed);
+        Hints { non_blocking, ..self.hints }
+    }
+
+    /// Stock NCCL has answered `ncclInProgress`: it does not block its caller.
+    pub fn found_in_progress(&self) {
+        self.in_progress.store(true, Ordering::Relaxed);
     }
 
     /// The fault that one of its kernels reported, logged when it is seen for the first time.

@@ -54,6 +54,30 @@ fn routed_and_stock_operations_keep_their_order_though_stock_starts_its_own_late
 }
 
 #[test]
+fn groups_of_both_kinds_keep_one_order_on_all_ranks_though_nobody_saw_the_communicator_being_made() {
+    // NCCL opens the plugin on a thread of its own while it makes the communicator. Rank 1's kernels are launched late.
+    let group = "group_start; collective name=allgather count=249; allreduce count=3; allreduce count=2; group_end; ";
+    let program = format!("init blocking=0; {}destroy; release", group.repeat(3));
+    let slow: Vec<_> = (20..50).map(|n| format!("rank=1,call=cuLaunchKernelEx,nth={n},delay=10")).collect();
+    let job = job(2, &program).door(Door::Plugin).env("TWOSHOT_SIM_FAULTS", slow.join(";"));
+    let job = job.env("TWOSHOT_TIMEOUT_MS", 5000);
+    let report = job.run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for outcome in &report.outcomes {
+        assert_eq!(routed(outcome), 6, "{outcome}");
+    }
+}
+
+#[test]
+fn a_child_is_known_when_its_parent_is_no_longer_in_progress() {
+    let program = "init blocking=0; allreduce count=9; split color=0 max_ctas=2; allreduce count=300 reps=2 path=routed; \
+        shrink exclude=2; allreduce count=40 on=0,1 path=routed; destroy on=0,1; use comm=1; destroy; \
+        use comm=0; destroy; release";
+    let report = job(3, program).env("SIM_NCCL_INPROGRESS_MS", 20).run();
+    report.expect_success().expect_on().expect_nothing_live();
+}
+
+#[test]
 fn one_thread_with_all_ranks_groups_them_and_is_told_to_come_back() {
     for program in ["allreduce count=100 reps=3", "random calls=20 seed=8 max=4000 dtypes=f32,i32 ops=sum,premulsum"] {
         let library = twoshot_sim::twoshot_library().display().to_string();

@@ -258,6 +258,9 @@ impl Exchange for StockExchange<'_> {
         if started != code::SUCCESS && started != code::IN_PROGRESS {
             return Err(Error::Stock { call: "ncclAllGather", code: started });
         }
+        if started == code::IN_PROGRESS {
+            self.communicator.found_in_progress();
+        }
         while self.async_error() == code::IN_PROGRESS {
             std::thread::sleep(Duration::from_millis(1));
         }

@@ -58,6 +58,10 @@ fn hints(config: Config, parent: Option<Comm>) -> Hints {
     }
 }
 
+fn non_blocking(comm: Comm) -> bool {
+    comm::known(comm as usize).is_some_and(|communicator| communicator.hints().non_blocking)
+}
+
 /// Calls a stock function that makes a communicator, and notes what it made.
 fn make(config: Config, parent: Option<Comm>, made: *mut Comm, call: impl FnOnce(&Functions) -> Option<Code>) -> Code {
     guard(|| {
@@ -85,7 +89,8 @@ fn make(config: Config, parent: Option<Comm>, made: *mut Comm, call: impl FnOnce
             let grouped = group::open();
             if !comm.is_null() && (!grouped || comm != before) {
                 comm::created(comm as usize, hints(config, parent));
-            } else if grouped || result == code::IN_PROGRESS {
+            } else if grouped || result == code::IN_PROGRESS || parent.is_some_and(non_blocking) {
+                // Of a parent that does not block NCCL says success at once, and is in progress behind it.
                 comm::expected(hints(config, parent));
             } // Else none was made: a split without a colour.
         }

@@ -184,7 +184,7 @@ SIM_EXPORT ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclC
     return group_note(status);
   }
   return submit_init(
-      made, child, [made, parent, color, key] { return split_comm(*parent, color, key, *made); }, absent);
+      made, child, [made, parent, color, key] { return split_comm(*parent, color, key, *made); }, absent, parent);
 }
 SIM_ALIAS(ncclCommSplit);
 
@@ -213,7 +213,8 @@ SIM_EXPORT ncclResult_t ncclCommShrink(ncclComm_t comm, int* excluded, int count
     forget_comm(made->handle());
     return group_note(status);
   }
-  return submit_init(made, child, [made, parent, out, abort] { return shrink_comm(*parent, out, *made, abort); });
+  return submit_init(made, child, [made, parent, out, abort] { return shrink_comm(*parent, out, *made, abort); }, false,
+                     parent);
 }
 SIM_ALIAS(ncclCommShrink);
 
@@ -248,7 +249,7 @@ SIM_EXPORT ncclResult_t ncclCommGrow(ncclComm_t comm, int ranks, const ncclUniqu
   if (id) copy = *id;
   return submit_init(made, child, [made, parent, ranks, with_id, copy, rank] {
     return grow_comm(parent.get(), ranks, with_id ? &copy : nullptr, rank, *made);
-  });
+  }, false, parent);
 }
 SIM_ALIAS(ncclCommGrow);
 

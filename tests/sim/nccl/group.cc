@@ -18,6 +18,8 @@ struct InitJob {
   ncclComm_t* owner;
   std::function<ncclResult_t()> job;
   bool absent;
+  // Of a child of one that does not block: in progress until the child is there, which `owner` holds only then.
+  CommPtr parent;
 };
 
 // The operations of one communicator on one stream: one host function.
@@ -123,6 +125,11 @@ ncclResult_t run_init(const InitJob& init) {
     forget_comm(comm.handle());
     *init.owner = nullptr;
   }
+  if (init.parent) {
+    if (status == ncclSuccess && init.owner) __atomic_store_n(init.owner, comm.handle(), __ATOMIC_RELEASE);
+    int expected = ncclInProgress;
+    init.parent->state.compare_exchange_strong(expected, status);
+  }
   return status;
 }
 
@@ -142,6 +149,7 @@ ncclResult_t run_inits(std::vector<InitJob>& inits, bool* in_progress) {
   for (size_t i = 0; i < inits.size(); ++i) {
     if (!inits[i].comm->blocking) {
       *in_progress = true;
+      if (inits[i].parent) inits[i].parent->state = ncclInProgress;
       InitJob job = inits[i];
       spawn([job] { run_init(job); }).detach();
     } else if (inits.size() == 1) {
@@ -246,11 +254,15 @@ ncclResult_t group_note(ncclResult_t error) {
   return error;
 }
 
-ncclResult_t submit_init(const CommPtr& comm, ncclComm_t* owner, std::function<ncclResult_t()> job,
-                         bool absent) {
-  *owner = absent ? nullptr : comm->handle();
-  group.inits.push_back({comm, absent ? nullptr : owner, std::move(job), absent});
-  return group.depth > 0 ? ncclSuccess : finish(true);
+ncclResult_t submit_init(const CommPtr& comm, ncclComm_t* owner, std::function<ncclResult_t()> job, bool absent,
+                         const CommPtr& parent) {
+  const bool later = parent && !parent->blocking && !comm->blocking;
+  *owner = absent || later ? nullptr : comm->handle();
+  group.inits.push_back({comm, absent ? nullptr : owner, std::move(job), absent, later ? parent : nullptr});
+  if (group.depth > 0) return ncclSuccess;
+  ncclResult_t status = finish(true);
+  // NCCL drops it here: who has such a parent asks the parent.
+  return later && status == ncclInProgress ? ncclResult_t(ncclSuccess) : status;
 }
 
 ncclResult_t submit_op(const CommPtr& comm, const Op& op, cudaStream_t stream) {

@@ -46,8 +46,10 @@ ncclResult_t group_note(ncclResult_t error);
 
 // Runs `job` for a new communicator: here, at the end of the group, or in the background when it does not block.
 // `owner` is set to NULL if the job says that this rank has no part in it.
-ncclResult_t submit_init(const CommPtr& comm, ncclComm_t* owner, std::function<ncclResult_t()> job,
-                         bool absent = false);
+// Of a `parent` that does not block NCCL says success at once, fills `owner` in when the child is complete, and the
+// parent is in progress until then.
+ncclResult_t submit_init(const CommPtr& comm, ncclComm_t* owner, std::function<ncclResult_t()> job, bool absent = false,
+                         const CommPtr& parent = nullptr);
 ncclResult_t submit_op(const CommPtr& comm, const Op& op, cudaStream_t stream);
 
 // ops.cc: executes one operation. The caller holds comm.exec.

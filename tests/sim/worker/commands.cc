@@ -379,6 +379,11 @@ void Driver::init_all(const Statement& s) {
 
 // The child becomes current. `mod=2`: color is rank modulo 2; `div=2`: rank divided by 2; `none=3`: rank 3
 // gets no color, `none=all`: no rank; `reverse`: keys count down; `max_ctas=N`: asked for by a configuration.
+// A child of one that does not block is there once its parent is no longer in progress; the call itself says success.
+ncclResult_t Driver::settled_parent(Member& parent, ncclResult_t result) {
+  return settle(parent, result == ncclSuccess ? ncclResult_t(ncclInProgress) : result);
+}
+
 void Driver::split(const Statement& s) {
   std::vector<Lane*> lanes = concerned(s);
   std::vector<ncclComm_t> children(lanes.size(), nullptr);
@@ -402,9 +407,12 @@ void Driver::split(const Statement& s) {
     config.version = NCCL_VERSION(2, 20, 3);
     int key = s.number("reverse", 0) ? parent.ranks - parent.rank : parent.rank;
     result = call::ncclCommSplit(parent.comm, color, key, &children[i], s.has("max_ctas") ? &config : nullptr);
-    if (!fused) result = settle(parent, result);
+    if (!fused) result = settled_parent(parent, result);
   }
-  if (fused) result = call::ncclGroupEnd();
+  if (fused) {
+    result = call::ncclGroupEnd();
+    for (Lane* lane : lanes) result = settled_parent(lane->member(), result);
+  }
   if (!accept(result, "ncclCommSplit")) return;
   for (size_t i = 0; i < lanes.size(); ++i) {
     Member child;
@@ -433,6 +441,8 @@ void Driver::shrink(const Statement& s) {
       int flags = s.number("abort", 0) ? NCCL_SHRINK_ABORT : NCCL_SHRINK_DEFAULT;
       ncclResult_t result =
           call::ncclCommShrink(parent.comm, excluded.data(), int(excluded.size()), &child.comm, nullptr, flags);
+      // A parent that lost a rank stays as it is.
+      if (flags == NCCL_SHRINK_DEFAULT) result = settled_parent(parent, result);
       if (!accept(settle(child, result), "ncclCommShrink")) return;
       accept(call::ncclCommUserRank(child.comm, &child.rank), "ncclCommUserRank");
       accept(call::ncclCommCount(child.comm, &child.ranks), "ncclCommCount");
@@ -461,7 +471,7 @@ void Driver::grow(const Statement& s) {
         if (!accept(call::ncclCommGetUniqueId(parent.comm, &id), "ncclCommGetUniqueId")) return;
         publish(path, &id, sizeof id);
       }
-      result = call::ncclCommGrow(parent.comm, ranks, root ? &id : nullptr, -1, &child.comm, nullptr);
+      result = settled_parent(parent, call::ncclCommGrow(parent.comm, ranks, root ? &id : nullptr, -1, &child.comm, nullptr));
     }
     if (!accept(settle(child, result), "ncclCommGrow")) return;
     accept(call::ncclCommUserRank(child.comm, &child.rank), "ncclCommUserRank");

@@ -171,6 +171,7 @@ class Driver {
   Buffer take(Lane& lane, size_t bytes, bool from_nccl);
   void run_calls(std::vector<Call>& calls);
   ncclResult_t settle(Member& member, ncclResult_t result);
+  ncclResult_t settled_parent(Member& parent, ncclResult_t result);
   ncclResult_t sync(Lane& lane);
   void finish_pending();
   // Takes buffers of calls that failed back once nothing can write to them any more.
