@@ -145,13 +145,6 @@ TWOSHOT_DEVICE void ld_relaxed_sys_v4_if(Line& line, uint64_t address, bool want
       : "memory");
 }
 
-TWOSHOT_DEVICE void ld_relaxed_sys_v4(Line& line, uint64_t address) {
-  asm volatile("ld.relaxed.sys.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(line.word[0]), "=r"(line.word[1]), "=r"(line.word[2]), "=r"(line.word[3])
-               : "l"(address)
-               : "memory");
-}
-
 TWOSHOT_DEVICE void st_relaxed_sys_v4_if(uint64_t address, const Line& line, bool wanted) {
   asm volatile(
       "{ .reg .pred p; setp.ne.u32 p, %5, 0;\n\t"

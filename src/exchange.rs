@@ -24,6 +24,11 @@ pub trait Exchange {
 
     /// From now on no rank's step takes longer than this; the ranks agreed on it.
     fn grant(&mut self, _deadline: Duration) {}
+
+    /// Whether this rank's communicator does not block its caller, as far as is known.
+    fn non_blocking(&self) -> bool {
+        false
+    }
 }
 
 /// One vote: every rank states its outcome, every rank gets all outcomes or the same refusal.

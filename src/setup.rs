@@ -63,6 +63,8 @@ pub struct Established {
     pub capacity: u32,
     /// What of the budget it holds.
     pub memory: Memory,
+    /// Some rank's communicator does not block its caller.
+    pub non_blocking: bool,
 }
 
 /// What is known of the communicator before its ranks have spoken.
@@ -246,11 +248,11 @@ pub fn establish(
         Ok(Err((workspace, error))) => (reason(Decline::KnownAnswer)(error), Some(workspace)),
         Err(error) => (reason(Decline::KnownAnswer)(error), None),
     };
-    let step = Step::new(number::KNOWN_ANSWER, rank);
+    let step = Step { optional: ballot.exchange.non_blocking(), ..Step::new(number::KNOWN_ANSWER, rank) };
     let checked = ballot.cast(step, "the known-answer AllReduce", local)?;
     drop(failed);
-    let Checked { workspace, kernels, last } = match checked {
-        Ok((checked, _)) => checked,
+    let (Checked { workspace, kernels, last }, steps) = match checked {
+        Ok(passed) => passed,
         Err(declined) => return Ok(Err(declined)),
     };
     Ok(Ok(Established {
@@ -266,6 +268,7 @@ pub fn establish(
         handle: domain.handle,
         capacity: prepared.capacity,
         memory: prepared.memory,
+        non_blocking: steps.iter().any(|step| step.optional),
     }))
 }
 

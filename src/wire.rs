@@ -101,7 +101,7 @@ pub struct Step {
     pub blocks: u32,
     /// Bytes that this rank's window may take.
     pub memory: u64,
-    /// The step succeeded in an optional part (multicast).
+    /// The step succeeded in an optional part (multicast); in the last one: this rank's communicator does not block.
     pub optional: bool,
     /// Multicast objects.
     pub offers: [Offer; MOST_OBJECTS],

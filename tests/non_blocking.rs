@@ -69,6 +69,18 @@ fn groups_of_both_kinds_keep_one_order_on_all_ranks_though_nobody_saw_the_commun
 }
 
 #[test]
+fn groups_of_both_kinds_keep_one_order_though_some_ranks_block_and_others_do_not() {
+    let group = "group_start; collective name=allgather count=249; allreduce count=3; allreduce count=2; group_end; ";
+    let rest = format!("{}destroy; release", group.repeat(3));
+    let job = job(3, &format!("init blocking=0; {rest}")).rank_program(1, &format!("init; {rest}"));
+    let report = job.env("TWOSHOT_TIMEOUT_MS", 5000).run();
+    report.expect_success().expect_on().expect_nothing_live();
+    for outcome in &report.outcomes {
+        assert_eq!(routed(outcome), 6, "{outcome}");
+    }
+}
+
+#[test]
 fn a_child_is_known_when_its_parent_is_no_longer_in_progress() {
     let program = "init blocking=0; allreduce count=9; split color=0 max_ctas=2; allreduce count=300 reps=2 path=routed; \
         shrink exclude=2; allreduce count=40 on=0,1 path=routed; destroy on=0,1; use comm=1; destroy; \

@@ -275,6 +275,10 @@ impl Exchange for StockExchange<'_> {
         Ok(blobs)
     }
 
+    fn non_blocking(&self) -> bool {
+        self.communicator.hints().non_blocking
+    }
+
     fn grant(&mut self, deadline: Duration) {
         self.patience = patience(deadline);
     }

@@ -212,10 +212,11 @@ fn queue(stock: &Stock, communicator: Arc<Communicator>, arguments: Arguments) -
             {
                 return code;
             }
-            let behind_stock = !communicator.hints().non_blocking;
+            let behind_stock = !matches!(communicator.state(), State::Ready(ready) if ready.non_blocking_somewhere());
             let routed = Routed { communicator, plan, arguments };
             with((), |group| {
-                // Stock NCCL starts a non-blocking communicator's group in its own time: nothing can be put behind it.
+                // Stock NCCL starts a non-blocking communicator's group in its own time: nothing can be put behind it. On a
+                // rank that blocks it could, but then the ranks' orders would differ.
                 let early = !group.has_collective(None) || (group.early && !group.has_collective(Some(arguments.comm)));
                 let behind = behind_stock && !early;
                 if behind { &mut group.behind } else { &mut group.before }.push(routed);

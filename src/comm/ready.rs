@@ -169,12 +169,14 @@ pub struct Ready {
     context: Arc<Context>,
     /// Blocks of the largest size that the device holds at once.
     capacity: u32,
+    non_blocking: bool,
 }
 
 impl Ready {
     /// Takes over what set-up established.
     pub fn new(context: Arc<Context>, established: Established, remains: Remains, rank: u32, config: &Config) -> Self {
-        let Established { agreement, world, kernels, workspace, last, capacity, memory, .. } = established;
+        let Established { agreement, world, kernels, workspace, last, capacity, memory, non_blocking, .. } =
+            established;
         let timeout_ns = config.timeout_ms.saturating_mul(1_000_000);
         ready_on(&context).fetch_add(1, Ordering::Relaxed);
         LIVING.fetch_add(1, Ordering::AcqRel);
@@ -193,7 +195,13 @@ impl Ready {
             _remains: remains,
             context,
             capacity,
+            non_blocking,
         }
+    }
+
+    /// Whether some rank's communicator does not block its caller. The same on all ranks.
+    pub fn non_blocking_somewhere(&self) -> bool {
+        self.non_blocking
     }
 
     /// What the ranks agreed on.

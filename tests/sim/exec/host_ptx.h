@@ -96,7 +96,6 @@ inline void st_relaxed_sys_v4_if(uint64_t address, const Line& line, bool wanted
   }
 }
 
-inline void ld_relaxed_sys_v4(Line& line, uint64_t address) { ld_relaxed_sys_v4_if(line, address, true); }
 inline void ld_weak_v4(Line& line, uint64_t address) { ld_relaxed_sys_v4_if(line, address, true); }
 inline void st_weak_v4(uint64_t address, const Line& line) { st_relaxed_sys_v4_if(address, line, true); }
 inline void ld_weak_v4_if(Line& line, uint64_t address, bool wanted) { ld_relaxed_sys_v4_if(line, address, wanted); }
