@@ -19,7 +19,7 @@ mod world;
 
 use world::World;
 
-/// Every call of every rank with half of the codes, blocked and late, each at one of the call's uses; `TWOSHOT_SWEEP_SEED`
+/// Every call of every rank with a third of the codes, blocked and late, each at one of the call's uses; `TWOSHOT_SWEEP_SEED`
 /// takes others than CI's, and `TWOSHOT_SWEEP=full` takes them all.
 fn sweep(world: World) {
     let cells = sweep::all(world, &world.census());

@@ -67,7 +67,7 @@ pub fn all(world: World, census: &[BTreeMap<String, Uses>]) -> Vec<Cell> {
     cells
 }
 
-/// A part in which every call of every rank blocks, is late, and fails with every other code, once each; its neighbour has
+/// A part in which every call of every rank blocks, is late, and fails with every third code, once each; its neighbours have
 /// the other codes. `seed` turns the wheel of the codes and of which use is failed.
 pub fn every_rank(cells: &[Cell], seed: usize) -> Vec<Cell> {
     let mut by_place: BTreeMap<(&str, usize), Vec<&Cell>> = BTreeMap::new();
@@ -77,7 +77,7 @@ pub fn every_rank(cells: &[Cell], seed: usize) -> Vec<Cell> {
     let mut chosen = Vec::new();
     for (turn, own) in by_place.values().enumerate() {
         let uses: Vec<u64> = own.iter().map(|cell| cell.nth).collect::<BTreeSet<_>>().into_iter().collect();
-        let met = |at: usize, effect: &Effect| effect.blocks() || (at + turn + seed).is_multiple_of(2);
+        let met = |at: usize, effect: &Effect| effect.blocks() || (at + turn + seed).is_multiple_of(3);
         for (at, effect) in EFFECTS.iter().enumerate().filter(|(at, effect)| met(*at, effect)) {
             let nth = uses[(at + turn + seed) % uses.len()];
             let found = own.iter().find(|cell| (cell.nth, cell.effect) == (nth, *effect));
