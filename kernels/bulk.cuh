@@ -47,21 +47,12 @@ struct HalvesFold {
 };
 
 // kBatchLog2: lines of a lane in a tile where more than two ranks are folded, as a power of two: their folds are all under way
-// at once. kInAnyOrder: of two ranks, to the last bit.
-template <typename T>
-constexpr bool kSums = false;
-template <>
-constexpr bool kSums<f32> = true;
-template <>
-constexpr bool kSums<f16> = true;
-template <>
-constexpr bool kSums<bf16> = true;
-
+// at once.
 template <typename T, uint32_t BYTES = T::kLineBytes>
 struct Whole {
   static constexpr uint32_t kBytes = T::kBytes, kLineBytes = TWOSHOT_LINE_BYTES;
-  static constexpr uint32_t kBatchLog2 = kSums<T> ? 2 : 1;
-  static constexpr bool kInAnyOrder = kSums<T>;
+  static constexpr uint32_t kBatchLog2 = T::kInAnyOrder ? 2 : 1;  // one operation alone takes fewer registers
+  static constexpr bool kInAnyOrder = T::kInAnyOrder;
   using Fold = typename T::Fold;
 };
 
@@ -69,7 +60,7 @@ template <typename T>
 struct Whole<T, TWOSHOT_HALF_BYTES> {
   static constexpr uint32_t kBytes = T::kBytes, kLineBytes = TWOSHOT_LINE_BYTES;
   static constexpr uint32_t kBatchLog2 = 0;  // a fold is twice as large
-  static constexpr bool kInAnyOrder = false;
+  static constexpr bool kInAnyOrder = T::kInAnyOrder;
   using Fold = HalvesFold<T>;
 };
 
@@ -112,7 +103,7 @@ struct Bulk : Ring<Team<N, true, 1>, N == 2, 5 + kBatchLog2<T, N>> {
 
   TWOSHOT_DEVICE uint32_t end_of(uint32_t r) const { return first_of(r) + lines_of(r); }
 
-  // What rank r has in a tile of rank `part`'s part; another's, or what is not there, as zeros.
+  // What this rank has of a tile of rank `part`'s part; not inner: what is not there, or not full, as zeros.
   template <bool INNER>
   TWOSHOT_DEVICE void load_tile(Tile& raw, uint32_t t, uint32_t part) const {
     if constexpr (!INNER) raw = Tile{};

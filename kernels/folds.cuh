@@ -62,6 +62,7 @@ template <typename E, uint32_t BYTES>
 struct Runtime {
   static constexpr uint32_t kBytes = BYTES, kValueBytes = BYTES;
   static constexpr int kMostTogether = 4;
+  static constexpr bool kInAnyOrder = false;  // of two NaN in f64 the first one's bits stay
   using Fold = RuntimeFold<E>;
 };
 

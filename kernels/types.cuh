@@ -12,11 +12,12 @@ template <typename T>
 struct Sum;
 
 // What the specialised types have in common. kLineBytes: payload in a line (wire.cuh); kMostTogether: ranks dealt with
-// together where their number is not known.
+// together where their number is not known; kInAnyOrder: two ranks' result is the same in either order, to the last bit.
 template <typename T>
 struct Specialised {
   static constexpr uint32_t kLineBytes = TWOSHOT_LINE_BYTES;
   static constexpr int kMostTogether = 8;
+  static constexpr bool kInAnyOrder = true;
   using Fold = Sum<T>;
 };
 

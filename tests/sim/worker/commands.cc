@@ -377,13 +377,13 @@ void Driver::init_all(const Statement& s) {
   }
 }
 
-// The child becomes current. `mod=2`: color is rank modulo 2; `div=2`: rank divided by 2; `none=3`: rank 3
-// gets no color, `none=all`: no rank; `reverse`: keys count down; `max_ctas=N`: asked for by a configuration.
 // A child of one that does not block is there once its parent is no longer in progress; the call itself says success.
 ncclResult_t Driver::settled_parent(Member& parent, ncclResult_t result) {
   return settle(parent, result == ncclSuccess ? ncclResult_t(ncclInProgress) : result);
 }
 
+// The child becomes current. `mod=2`: color is rank modulo 2; `div=2`: rank divided by 2; `none=3`: rank 3
+// gets no color, `none=all`: no rank; `reverse`: keys count down; `max_ctas=N`: asked for by a configuration.
 void Driver::split(const Statement& s) {
   std::vector<Lane*> lanes = concerned(s);
   std::vector<ncclComm_t> children(lanes.size(), nullptr);
